@@ -1,0 +1,1 @@
+"""One file per host library: names, shapes and direction. Importing this package imports no host."""

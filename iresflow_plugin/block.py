@@ -1,0 +1,170 @@
+"""The residual block: the one place where contraction, log-det and inverse meet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from iresflow_plugin.inverse import FixedPoint, Solution, Solver, differentiable_solution
+from iresflow_plugin.lipschitz import Bound, contraction, lipschitz_bound
+from iresflow_plugin.log_det import BySize, Estimate, LogDet
+from iresflow_plugin.maps import Map
+
+DEFAULT_LOG_DET = BySize()
+DEFAULT_INVERSE = FixedPoint()
+
+
+class ResidualBlock(nn.Module):
+    """y = x + g(x; context) with Lip(g) < 1 in x, hence invertible (Behrmann et al. 2019, arXiv 1811.00995).
+
+    Both directions are differentiable in inputs, parameters and context. train() and eval() change nothing.
+
+    Args:
+        branch: g, a network certified by construction: one of `iresflow_plugin.nets`, or your own through `constrain`.
+        log_det: an estimator; None is `BySize()`: exact for small events, unbiased beyond.
+        inverse: a solver; None is `FixedPoint()`, to what the dtype can hold.
+
+    Raises:
+        NotContractiveError: if the branch is not certified to stay below 1, naming the module that is not.
+
+    >>> from iresflow_plugin.nets import LipschitzMLP
+    >>> block = ResidualBlock(LipschitzMLP([3, 16, 3]))
+    >>> x = torch.randn(5, 3)
+    >>> y, log_det = block(x)
+    >>> log_det.shape, torch.allclose(block.inverse(y)[0], x, atol=1e-5)
+    (torch.Size([5]), True)
+    """
+
+    def __init__(self, branch: nn.Module, log_det: LogDet | None = None, inverse: Solver | None = None) -> None:
+        super().__init__()
+        _check_kind("branch", branch, nn.Module)
+        with torch.no_grad():
+            contraction(branch)
+        self.branch = branch
+        self.estimator: LogDet = DEFAULT_LOG_DET if log_det is None else _check_callable("log_det", log_det)
+        self.solver: Solver = DEFAULT_INVERSE if inverse is None else _check_kind("inverse", inverse, Solver)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """y = x + g(x) and log |det dy/dx|.
+
+        Args:
+            x: shape (B, *event).
+            context: shape (B, C), or (1, C) for the whole batch; ignored by an unconditional branch.
+
+        Returns:
+            y, shape (B, *event), and the log-det, shape (B,), in nats.
+        """
+        estimate = self.estimate(x, context)
+        return x + estimate.value, estimate.log_det
+
+    def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x with x + g(x) = y and log |det dx/dy|, minus the estimator's value at x.
+
+        Raises:
+            NotConvergedError: if a sample could not be solved to the tolerance; says which, how far off, what to do.
+        """
+        g = self._ready(y, context)
+        x = differentiable_solution(self.solver, g, y)
+        return x.clone(), -self._estimate(g, x).log_det  # a clone: the caller may change it in place
+
+    def estimate(self, x: Tensor, context: Tensor | None = None) -> Estimate:
+        """g(x) and the log-det at x with its standard error, remainder bound and number of terms."""
+        return self._estimate(self._ready(x, context), x)
+
+    def solve(self, y: Tensor, context: Tensor | None = None) -> Solution:
+        """The solution for y with its certified error bound and evaluations, without gradients."""
+        with torch.no_grad():
+            return self.solver.solve(self._ready(y, context), y)
+
+    def certificate(self) -> Bound:
+        """The certified bound of Lip(g) for the present weights."""
+        return lipschitz_bound(self.branch)
+
+    def extra_repr(self) -> str:
+        return f"log_det={self.estimator}, inverse={self.solver}"
+
+    def _estimate(self, g: Map, x: Tensor) -> Estimate:
+        estimate = self.estimator(g, x)
+        if estimate.value.shape != x.shape:
+            raise ValueError(
+                f"The branch maps events of shape {tuple(x.shape[1:])} to {tuple(estimate.value.shape[1:])}; "
+                "x + g(x) needs them equal."
+            )
+        return estimate
+
+    def _ready(self, x: Tensor, context: Tensor | None) -> Map:
+        """Check the inputs; compute weights and certificate, once for the whole call."""
+        self._check("inputs", x)
+        if x.ndim < 2:
+            raise ValueError(f"inputs must have shape (batch, *event), got {tuple(x.shape)}.")
+        if context is not None:
+            self._check("context", context)
+            if context.shape[0] not in (1, x.shape[0]):
+                raise ValueError(
+                    f"context must have one row, or as many rows as inputs ({x.shape[0]}), got {context.shape[0]}."
+                )
+        return contraction(self.branch, context)
+
+    def _check(self, name: str, x: Tensor) -> None:
+        _check_kind(name, x, Tensor)
+        if not x.is_floating_point():
+            raise TypeError(f"{name} must be a floating point tensor, got {x.dtype}.")
+        parameter = next(self.branch.parameters(), None)
+        if parameter is not None and parameter.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(
+                f"{name} has dtype {x.dtype} and the branch {parameter.dtype}; convert one of them, "
+                f"for example {name}.to({parameter.dtype})."
+            )
+
+
+def as_block(
+    branch_or_block: nn.Module | ResidualBlock, log_det: LogDet | None = None, inverse: Solver | None = None
+) -> ResidualBlock:
+    """A block as it is, or a branch made into one; the adapters take either."""
+    if not isinstance(branch_or_block, ResidualBlock):
+        return ResidualBlock(branch_or_block, log_det, inverse)
+    if log_det is not None or inverse is not None:
+        raise ValueError("log_det and inverse belong to the ResidualBlock that was given; set them there.")
+    return branch_or_block
+
+
+@contextmanager
+def using(model: nn.Module, log_det: LogDet | None = None, inverse: Solver | None = None) -> Iterator[None]:
+    """Within the context every residual block in `model` uses this estimator and this solver.
+
+    >>> from iresflow_plugin.log_det import PowerSeries
+    >>> from iresflow_plugin.nets import LipschitzMLP
+    >>> block = ResidualBlock(LipschitzMLP([3, 16, 3]))
+    >>> with using(block, log_det=PowerSeries(tolerance=1e-4)):
+    ...     y, log_det = block(torch.randn(5, 3))
+    """
+    blocks = [module for module in model.modules() if isinstance(module, ResidualBlock)]
+    if not blocks:
+        raise ValueError(f"{type(model).__name__} holds no ResidualBlock, so there is nothing to change.")
+    before = [(block.estimator, block.solver) for block in blocks]
+    try:
+        for block in blocks:
+            if log_det is not None:
+                block.estimator = _check_callable("log_det", log_det)
+            if inverse is not None:
+                block.solver = _check_kind("inverse", inverse, Solver)
+        yield
+    finally:
+        for block, (estimator, solver) in zip(blocks, before, strict=True):
+            block.estimator, block.solver = estimator, solver
+
+
+def _check_kind(name: str, value: Any, kind: type) -> Any:
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be a {kind.__name__}, got {value!r} of type {type(value).__name__}.")
+    return value
+
+
+def _check_callable(name: str, value: LogDet) -> LogDet:
+    if isinstance(value, type) or not callable(value):
+        raise TypeError(f"{name} must be an estimator such as Exact() or PowerSeries(terms=10), got {value!r}.")
+    return value

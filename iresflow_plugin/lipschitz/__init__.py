@@ -1,0 +1,71 @@
+"""Why is g a contraction? Bounds of matrices, constraints of weights, activations, the certificate of a module tree."""
+
+from iresflow_plugin.lipschitz.activations import (
+    ACTIVATIONS,
+    Activation,
+    CLipSwish,
+    CPila,
+    LipSwish,
+    MaxMin,
+    Sine,
+    build_activation,
+)
+from iresflow_plugin.lipschitz.certificate import (
+    Bound,
+    certify,
+    check_lipschitz,
+    constrain,
+    contraction,
+    lipschitz_bound,
+    lipschitz_estimate,
+)
+from iresflow_plugin.lipschitz.constraint import (
+    AlmostOrthogonal,
+    Bjorck,
+    Constraint,
+    Frobenius,
+    Spectral,
+    spectral_penalty,
+)
+from iresflow_plugin.lipschitz.matrix import (
+    frobenius_norm,
+    power_iteration,
+    row_column_norm,
+    schatten_norm,
+    spectral_norm,
+)
+from iresflow_plugin.lipschitz.modules import AddContext, Chain, Concatenate, Scale, Sum
+
+__all__ = [
+    "ACTIVATIONS",
+    "Activation",
+    "AddContext",
+    "AlmostOrthogonal",
+    "Bjorck",
+    "Bound",
+    "CLipSwish",
+    "CPila",
+    "Chain",
+    "Concatenate",
+    "Constraint",
+    "Frobenius",
+    "LipSwish",
+    "MaxMin",
+    "Scale",
+    "Sine",
+    "Spectral",
+    "Sum",
+    "build_activation",
+    "certify",
+    "check_lipschitz",
+    "constrain",
+    "contraction",
+    "frobenius_norm",
+    "lipschitz_bound",
+    "lipschitz_estimate",
+    "power_iteration",
+    "row_column_norm",
+    "schatten_norm",
+    "spectral_norm",
+    "spectral_penalty",
+]

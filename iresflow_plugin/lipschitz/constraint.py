@@ -1,0 +1,185 @@
+"""Weight constraints |W|_2 <= c as torch parametrizations: the raw weight is free, the weight in use obeys.
+
+A constraint is computed from the raw weight whenever the layer is used, so no optimiser step, loaded checkpoint or
+manual edit can break it, and nobody has to call anything. All of them leave a small enough weight as it is (soft)
+but `Bjorck`, which pushes every singular value towards c.
+
+| constraint         | weight in use                           | reference                          |
+|--------------------|-----------------------------------------|------------------------------------|
+| `Spectral`         | W min(1, c / bound(W))                  | Delattre et al. 2023, 2305.16173   |
+| `AlmostOrthogonal` | W diag(min(1, c / sqrt(sum_j |W'W|_ij))) | Prach and Lampert 2022, 2208.03160 |
+| `Bjorck`           | c times W <- W (3 I - W'W) / 2, repeated | Anil, Lucas and Grosse 2019, 1811.05381 |
+| `Frobenius`        | W min(1, c / |W|_F)                     |                                    |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from iresflow_plugin.lipschitz import matrix
+
+
+class Constraint(nn.Module):
+    """Parametrization of a weight, seen as an (out, in) matrix, that keeps |W|_2 <= `lipschitz`.
+
+    `forward(weight)` is the weight in use; `certify(weight)` is that weight with a certified bound of the raw one: the
+    norm of the weight in use is at most the smaller of that bound and `lipschitz`.
+    """
+
+    def __init__(self, lipschitz: float = 1.0) -> None:
+        super().__init__()
+        if not 0 < lipschitz < float("inf"):
+            raise ValueError(f"lipschitz must be a positive number, got {lipschitz}.")
+        self.lipschitz = float(lipschitz)
+
+    def certify(self, weight: Tensor) -> tuple[Tensor, Tensor | float]:
+        raise NotImplementedError
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return self.certify(weight)[0]
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """A weight within the bound stands as it is; a larger one will be scaled when used."""
+        return weight
+
+    def extra_repr(self) -> str:
+        return f"lipschitz={self.lipschitz:.4g}"
+
+
+@dataclass
+class _Memory:
+    """A weight, the gradient of its Schatten norm, and the constrained weight with its bound, all without graph."""
+
+    weight: Tensor
+    gradient: Tensor
+    constrained: tuple[Tensor, Tensor] | None = None
+
+
+class Spectral(Constraint):
+    """W min(1, c / |W|_p) with the certified Schatten bound |W|_2 <= |W|_p <= 1.04 |W|_2 (arXiv 2305.16173).
+
+    On the CPU the result is kept with a copy of the weight it was computed from and reused only while the weight
+    equals that copy entry by entry, so it cannot be stale; on a GPU the comparison would stall the queue, and it is
+    recomputed.
+    """
+
+    def __init__(self, lipschitz: float = 1.0) -> None:
+        super().__init__(lipschitz)
+        self._memory: _Memory | None = None
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return self._constrain(weight, self._recall(weight))[0]
+
+    def certify(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        memory = self._recall(weight)
+        if torch.is_grad_enabled():
+            return self._constrain(weight, memory)
+        if memory.constrained is None:
+            memory.constrained = self._constrain(weight, memory)
+        return memory.constrained
+
+    def _constrain(self, weight: Tensor, memory: _Memory) -> tuple[Tensor, Tensor]:
+        w = _as_matrix(weight)
+        norm = (memory.gradient * w).sum() * matrix.rounding_margin(w)
+        return weight * (self.lipschitz / norm).clamp(max=1.0).to(weight.dtype), norm
+
+    def _recall(self, weight: Tensor) -> _Memory:
+        weight = weight.detach()
+        readable = weight.device.type == "cpu" and not torch.compiler.is_compiling() and _is_plain(weight)
+        if readable and self._memory is not None and _same(self._memory.weight, weight):
+            return self._memory
+        memory = _Memory(weight, matrix.schatten_gradient(_as_matrix(weight)))
+        if readable:
+            memory.weight = weight.clone()
+            self._memory = memory
+        return memory
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "lipschitz":
+            self._memory = None
+
+    def __getstate__(self) -> dict:
+        return {**super().__getstate__(), "_memory": None}
+
+
+class AlmostOrthogonal(Constraint):
+    """W diag(min(1, c / sqrt(sum_j |W'W|_ij))), scaling columns one by one (Prach and Lampert 2022, arXiv 2208.03160).
+
+    Rows are scaled instead when there are fewer of them. One product, hence the cheapest certificate; looser than
+    `Spectral` until training has made the columns almost orthogonal.
+    """
+
+    def certify(self, weight: Tensor) -> tuple[Tensor, float]:
+        w = _as_matrix(weight)
+        wide = w.shape[0] < w.shape[1]
+        gram = w @ w.mT if wide else w.mT @ w
+        norms = gram.abs().sum(1).sqrt() * matrix.rounding_margin(w)
+        scale = (self.lipschitz / norms).clamp(max=1.0)
+        scaled = w * (scale[:, None] if wide else scale)
+        return scaled.to(weight.dtype).view_as(weight), self.lipschitz
+
+
+class Bjorck(Constraint):
+    """c times W <- W (3 I - W'W) / 2, repeated, from W / |W|_p (Anil, Lucas and Grosse 2019, arXiv 1811.05381).
+
+    The map s -> s (3 - s^2) / 2 keeps singular values in [0, 1] and pulls them towards 1, so any number of steps is
+    certified. Not soft: a small weight grows to norm c, and a zero weight is mapped to zero.
+    """
+
+    def __init__(self, lipschitz: float = 1.0, steps: int = 12) -> None:
+        super().__init__(lipschitz)
+        self.steps = steps
+
+    def certify(self, weight: Tensor) -> tuple[Tensor, float]:
+        w = _as_matrix(weight)
+        norm = matrix.schatten_norm(w)
+        w = w / norm.clamp_min(torch.finfo(w.dtype).tiny)
+        for _ in range(self.steps):
+            w = 1.5 * w - 0.5 * (w @ w.mT @ w if w.shape[0] < w.shape[1] else w @ (w.mT @ w))
+        return (w * (self.lipschitz / matrix.rounding_margin(w))).to(weight.dtype).view_as(weight), self.lipschitz
+
+
+class Frobenius(Constraint):
+    """W min(1, c / |W|_F): the simplest certificate, loose by up to sqrt(rank)."""
+
+    def certify(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        norm = matrix.frobenius_norm(_as_matrix(weight))
+        scale = (self.lipschitz / norm).clamp(max=1.0)
+        return weight * scale.to(weight.dtype), norm
+
+
+def spectral_penalty(module: nn.Module, strength: float = 1e-3) -> Tensor:
+    """strength * sum_W |W|_2^2 over the raw weights of all layers, to be added to a loss.
+
+    The soft alternative to a constraint, or its companion: it keeps raw weights from growing where the constraint
+    binds. It proves nothing by itself.
+    """
+    weights = [w for w in _raw_weights(module)]
+    if not weights:
+        raise ValueError(f"{type(module).__name__} holds no weight matrix to penalise.")
+    return strength * torch.stack([matrix.schatten_norm(_as_matrix(w)) ** 2 for w in weights]).sum()
+
+
+def _raw_weights(module: nn.Module) -> Iterable[Tensor]:
+    return (p for p in module.parameters() if p.ndim >= 2)
+
+
+def _as_matrix(weight: Tensor) -> Tensor:
+    """The weight as (out, in), in at least single precision: half precision cannot carry a certificate."""
+    w = weight.flatten(1)
+    return w.float() if w.dtype in (torch.float16, torch.bfloat16) else w
+
+
+def _is_plain(w: Tensor) -> bool:
+    """Whether the entries can be read now; inside torch.func transforms they cannot."""
+    return not torch._C._functorch.is_functorch_wrapped_tensor(w)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)

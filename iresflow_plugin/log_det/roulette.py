@@ -1,0 +1,123 @@
+"""The power series with a random number of terms, reweighted to be unbiased."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from iresflow_plugin.log_det.estimate import Estimate
+from iresflow_plugin.log_det.probes import Probes, as_probes
+from iresflow_plugin.log_det.series import estimate_series
+from iresflow_plugin.maps import Map
+
+
+@dataclass(frozen=True)
+class Geometric:
+    """P(N >= j) = (1 - p)^j, j = 0, 1, ...
+
+    With p None, 1 - p = L, the block's bound: the probability then falls off as the terms can at worst, and the
+    variance is finite, which needs L^2 < 1 - p.
+    """
+
+    p: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.p is not None and not 0 < self.p < 1:
+            raise ValueError(f"p must lie in (0, 1), got {self.p}.")
+
+    def survival(self, j: int, bound: float) -> float:
+        """P(N >= j)."""
+        return self._stay(bound) ** j
+
+    def sample(self, bound: float, generator: torch.Generator | None = None) -> int:
+        """One draw of N."""
+        stay = self._stay(bound)
+        return 0 if stay == 0 else int(math.log1p(-_uniform(generator)) / math.log(stay))
+
+    def _stay(self, bound: float) -> float:
+        if self.p is None:
+            return bound
+        if bound**2 >= 1 - self.p:
+            raise ValueError(
+                f"With p = {self.p} and the block's bound L = {bound:.4g} the variance of the log-det may be infinite; "
+                f"it needs L^2 < 1 - p, so take p < {1 - bound**2:.4g}, or None for p = 1 - L."
+            )
+        return 1 - self.p
+
+
+@dataclass(frozen=True)
+class Poisson:
+    """P(N >= j) of a Poisson variable; its worst-case variance is infinite for every rate, whatever the bound."""
+
+    rate: float = 2.0
+
+    def __post_init__(self) -> None:
+        if not self.rate > 0:
+            raise ValueError(f"rate must be positive, got {self.rate}.")
+
+    def survival(self, j: int, bound: float) -> float:
+        """P(N >= j), summed from the tail so that it keeps its relative accuracy."""
+        if j == 0:
+            return 1.0
+        term = math.exp(j * math.log(self.rate) - self.rate - math.lgamma(j + 1))
+        total, i = 0.0, j
+        while term > 1e-17 * total:
+            total += term
+            i += 1
+            term *= self.rate / i
+        return min(total, 1.0)
+
+    def sample(self, bound: float, generator: torch.Generator | None = None) -> int:
+        """One draw of N, by inversion."""
+        u, n = _uniform(generator), 0
+        while self.survival(n + 1, bound) > u:
+            n += 1
+        return n
+
+
+@dataclass(frozen=True)
+class RussianRoulette:
+    """sum_k (-1)^(k+1) c_k E[v^T J^k v] / k, unbiased (Chen et al. 2019, arXiv 1906.02735).
+
+    Draws N; c_k = 1 for k <= m and 1[N >= k - m] / P(N >= k - m) beyond. The value and the gradient are unbiased for
+    log det(I + J); the series ends early only when all that follows is below the round-off of the sum.
+
+    Args:
+        distribution: `Geometric()` or `Poisson(rate)`.
+        exact_terms: m, the terms that are always there.
+        probes: how many Rademacher probes, or `Rademacher(n)`, `Gaussian(n)`, `Orthogonal(n)`.
+        generator: source of randomness; None is torch's global one.
+    """
+
+    distribution: Geometric | Poisson = Geometric()
+    exact_terms: int = 4
+    probes: int | Probes = 1
+    generator: torch.Generator | None = None
+
+    def __post_init__(self) -> None:
+        if self.exact_terms < 1:
+            raise ValueError(f"exact_terms must be at least 1, got {self.exact_terms}.")
+        as_probes(self.probes)
+
+    def __call__(self, g: Map, x: Tensor) -> Estimate:
+        bound = g.ceiling  # not g.bound: reading that would make the host wait for the device
+        v = as_probes(self.probes).draw(x, self.generator)
+        extra = self.distribution.sample(bound, self.generator)
+        weights = [1.0] * self.exact_terms + [1 / self.distribution.survival(j, bound) for j in range(1, extra + 1)]
+        estimate = estimate_series(g.linearise(x), v, weights, bound, rest=0.0)
+        return Estimate(
+            estimate.value,
+            estimate.log_det,
+            estimate.standard_error,
+            torch.zeros_like(estimate.remainder),
+            estimate.terms,
+        )
+
+
+def _uniform(generator: torch.Generator | None) -> float:
+    """One number in [0, 1), drawn where the generator lives; torch's global one is on the CPU."""
+    device = "cpu" if generator is None else generator.device
+    return torch.rand((), generator=generator, dtype=torch.float64, device=device).item()

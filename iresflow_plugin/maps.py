@@ -1,0 +1,294 @@
+"""Maps g with a certified Lipschitz bound, and their derivatives as two products.
+
+A `Map` is a branch made ready for one call: its weights are computed and its context is taken in, once, however many
+times the call evaluates it. The log-det estimators and the solvers see a branch only through this interface:
+
+    g(x)                    the value, shape (B, *event)
+    g.bound                 a certified bound of Lip(g) in the 2-norm, for the weights of this very call
+    g.ceiling               the bound that holds for every value the weights can take (inf if there is none)
+    g.linearise(x)          value, J t and J^T v at x, evaluating g once
+    g.rows(index)           the same map for some rows of the batch
+
+Everything is plain differentiable torch, so gradients flow to inputs, parameters and context, and torch.func works.
+Tangents and cotangents may carry extra leading dimensions, (K, B, *event), and a batch dimension of 1 broadcasts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import reduce
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Product = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Linearised:
+    """g at one point: `value` = g(x), `jvp(t)` = J t, `vjp(v)` = J^T v."""
+
+    value: Tensor
+    jvp: Product
+    vjp: Product
+
+
+class Map:
+    """Base class. A leaf whose constant depends on no weight gives `ceiling` alone."""
+
+    ceiling: float = math.inf
+
+    @property
+    def bound(self) -> float:
+        """Certified Lipschitz bound at this call; computed when asked for, since the number may lie on a GPU."""
+        return self.ceiling
+
+    def __call__(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def linearise(self, x: Tensor) -> Linearised:
+        raise NotImplementedError
+
+    def rows(self, index: Tensor) -> Map:
+        """The map restricted to rows of the batch; most maps treat all rows alike."""
+        return self
+
+
+class Composition(Map):
+    """x -> f_n(... f_1(x)): bounds multiply, derivatives follow the chain rule."""
+
+    def __init__(self, maps: Sequence[Map]) -> None:
+        self.maps = list(maps)
+        self.ceiling = math.prod(m.ceiling for m in self.maps)
+
+    @property
+    def bound(self) -> float:
+        return math.prod(m.bound for m in self.maps)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        for m in self.maps:
+            x = m(x)
+        return x
+
+    def linearise(self, x: Tensor) -> Linearised:
+        parts: list[Linearised] = []
+        for m in self.maps:
+            parts.append(m.linearise(x))
+            x = parts[-1].value
+
+        def jvp(tangent: Tensor) -> Tensor:
+            for part in parts:
+                tangent = part.jvp(tangent)
+            return tangent
+
+        def vjp(cotangent: Tensor) -> Tensor:
+            for part in reversed(parts):
+                cotangent = part.vjp(cotangent)
+            return cotangent
+
+        return Linearised(x, jvp, vjp)
+
+    def rows(self, index: Tensor) -> Map:
+        return Composition([m.rows(index) for m in self.maps])
+
+
+class Sum(Map):
+    """x -> f_1(x) + ... + f_n(x): bounds add."""
+
+    def __init__(self, maps: Sequence[Map]) -> None:
+        self.maps = list(maps)
+        self.ceiling = math.fsum(m.ceiling for m in self.maps)
+
+    @property
+    def bound(self) -> float:
+        return math.fsum(m.bound for m in self.maps)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return reduce(torch.add, [m(x) for m in self.maps])
+
+    def linearise(self, x: Tensor) -> Linearised:
+        parts = [m.linearise(x) for m in self.maps]
+        return Linearised(
+            reduce(torch.add, [p.value for p in parts]),
+            lambda tangent: reduce(torch.add, [p.jvp(tangent) for p in parts]),
+            lambda cotangent: reduce(torch.add, [p.vjp(cotangent) for p in parts]),
+        )
+
+    def rows(self, index: Tensor) -> Map:
+        return Sum([m.rows(index) for m in self.maps])
+
+
+class Concatenation(Map):
+    """x -> [f_1(x); ...; f_n(x)] along `dim` (negative): bounds add in squares, unless a `constant` is known."""
+
+    def __init__(self, maps: Sequence[Map], dim: int, constant: float | None = None) -> None:
+        self.maps, self.dim, self.constant = list(maps), dim, constant
+        self.ceiling = math.hypot(*[m.ceiling for m in self.maps]) if constant is None else constant
+
+    @property
+    def bound(self) -> float:
+        return math.hypot(*[m.bound for m in self.maps]) if self.constant is None else self.constant
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return _cat([m(x) for m in self.maps], self.dim)
+
+    def linearise(self, x: Tensor) -> Linearised:
+        parts = [m.linearise(x) for m in self.maps]
+        sizes = [p.value.shape[self.dim] for p in parts]
+
+        def vjp(cotangent: Tensor) -> Tensor:
+            pieces = cotangent.split(sizes, self.dim)
+            return reduce(torch.add, [p.vjp(piece) for p, piece in zip(parts, pieces, strict=True)])
+
+        return Linearised(
+            _cat([p.value for p in parts], self.dim),
+            lambda tangent: _cat([p.jvp(tangent) for p in parts], self.dim),
+            vjp,
+        )
+
+    def rows(self, index: Tensor) -> Map:
+        return Concatenation([m.rows(index) for m in self.maps], self.dim, self.constant)
+
+
+class Affine(Map):
+    """x -> W x + b on the last dimension."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, bound: Tensor | float, ceiling: float) -> None:
+        self.weight, self.bias, self._bound, self.ceiling = weight, bias, bound, ceiling
+
+    @property
+    def bound(self) -> float:
+        return min(float(torch.as_tensor(self._bound).detach()), self.ceiling)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+    def linearise(self, x: Tensor) -> Linearised:
+        return Linearised(self(x), lambda t: F.linear(t, self.weight), lambda v: v @ self.weight)
+
+
+class Scaling(Map):
+    """x -> s x with a number or a tensor s whose entries are at most `ceiling` in absolute value."""
+
+    def __init__(self, factor: Tensor | float, ceiling: float) -> None:
+        self.factor, self.ceiling = factor, ceiling
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x * self.factor
+
+    def linearise(self, x: Tensor) -> Linearised:
+        return Linearised(self(x), self, self)
+
+
+class Shift(Map):
+    """x -> x + s with one row s per sample: how a context enters. Its derivative is the identity."""
+
+    ceiling = 1.0
+
+    def __init__(self, shift: Tensor) -> None:
+        self.shift = shift
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x + self.shift
+
+    def linearise(self, x: Tensor) -> Linearised:
+        return Linearised(self(x), lambda t: t, lambda v: v)
+
+    def rows(self, index: Tensor) -> Map:
+        return Shift(self.shift[index]) if self.shift.shape[0] > 1 else self
+
+
+class NeedsContext(Map):
+    """Stands where a context would enter when none was given: it has a bound, but no values."""
+
+    ceiling = 1.0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        raise ValueError("This branch is conditional and needs a context, but context is None.")
+
+    def linearise(self, x: Tensor) -> Linearised:
+        return Linearised(self(x), lambda t: t, lambda v: v)
+
+
+class Elementwise(Map):
+    """x -> f(x), entry by entry, from a function that returns (f(x), f'(x))."""
+
+    def __init__(
+        self,
+        function: Callable[[Tensor], Tensor],
+        with_slope: Callable[[Tensor], tuple[Tensor, Tensor]],
+        ceiling: float,
+    ) -> None:
+        self.function, self.with_slope, self.ceiling = function, with_slope, ceiling
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+    def linearise(self, x: Tensor) -> Linearised:
+        value, slope = self.with_slope(x)
+        return Linearised(value, slope.mul, slope.mul)
+
+
+class Reshape(Map):
+    """Flatten, Unflatten and their kin: the entries stay, so all norms stay."""
+
+    ceiling = 1.0
+
+    def __init__(self, module: Callable[[Tensor], Tensor]) -> None:
+        self.module = module
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.module(x)
+
+    def linearise(self, x: Tensor) -> Linearised:
+        value = self(x)
+        before, after = x.shape[1:], value.shape[1:]
+        return Linearised(
+            value,
+            lambda t: t.reshape(*t.shape[: t.ndim - len(before)], *after),
+            lambda v: v.reshape(*v.shape[: v.ndim - len(after)], *before),
+        )
+
+
+class Generic(Map):
+    """Any torch function of (x) or (x, context), differentiated by torch.func: for modules that state a bound."""
+
+    def __init__(self, function: Callable[..., Tensor], bound: float, context: Tensor | None = None) -> None:
+        self.function, self.ceiling, self.context = function, bound, context
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.function(x) if self.context is None else self.function(x, self.context)
+
+    def linearise(self, x: Tensor) -> Linearised:
+        value, pull = torch.func.vjp(self.__call__, x)[:2]
+
+        def jvp(tangent: Tensor) -> Tensor:
+            return torch.func.jvp(self.__call__, (x,), (tangent.expand_as(x).contiguous(),))[1]
+
+        def vjp(cotangent: Tensor) -> Tensor:
+            return pull(cotangent.expand_as(value))[0]
+
+        return Linearised(value, _over_leading(jvp, x.ndim), _over_leading(vjp, value.ndim))
+
+    def rows(self, index: Tensor) -> Map:
+        if self.context is None or self.context.shape[0] == 1:
+            return self
+        return Generic(self.function, self.ceiling, self.context[index])
+
+
+def _over_leading(product: Product, ndim: int) -> Product:
+    """Let a product for (B, *event) accept (K, B, *event)."""
+
+    def batched(vector: Tensor) -> Tensor:
+        return torch.func.vmap(product)(vector) if vector.ndim > ndim else product(vector)
+
+    return batched
+
+
+def _cat(pieces: list[Tensor], dim: int) -> Tensor:
+    """Concatenate along a negative dimension, broadcasting the dimensions in front of it."""
+    leading = torch.broadcast_shapes(*[p.shape[:dim] for p in pieces])
+    return torch.cat([p.expand(*leading, *p.shape[dim:]) for p in pieces], dim)

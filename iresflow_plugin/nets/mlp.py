@@ -1,0 +1,59 @@
+"""The dense branch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import nn
+
+from iresflow_plugin.lipschitz import (
+    AddContext,
+    Chain,
+    Constraint,
+    Sine,
+    Spectral,
+    build_activation,
+    constrain,
+)
+
+
+class LipschitzMLP(Chain):
+    """g(x; c) = W_m a(... a(W_1 x + b_1 + C_1 c)) with Lip(g) <= `lipschitz` in x, whatever the context.
+
+    Each of the m layers gets the m-th root of the bound. No activation stands in front of the first layer. A context
+    enters every hidden layer additively, through free linear layers.
+
+    Args:
+        layers: sizes [d, h, ..., d], as in normflows' `LipschitzMLP`.
+        context_features: size of the context, None for an unconditional branch.
+        activation: an activation of `iresflow_plugin.lipschitz` (class or function of the number of features), or a
+            torch activation with a known constant (class or module).
+        lipschitz: bound of the whole branch, in (0, 1).
+        constraint: `Spectral`, `AlmostOrthogonal`, `Bjorck` or `Frobenius`.
+
+    >>> LipschitzMLP([2, 16, 2])
+    LipschitzMLP(...)
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[int],
+        context_features: int | None = None,
+        activation: nn.Module | Callable[..., nn.Module] = Sine,
+        lipschitz: float = 0.97,
+        constraint: type[Constraint] = Spectral,
+    ) -> None:
+        super().__init__()
+        if len(layers) < 2 or any(not isinstance(n, int) or n < 1 for n in layers):
+            raise ValueError(f"layers must be at least two positive sizes, such as [2, 64, 64, 2], got {layers!r}.")
+        if context_features is not None and context_features < 1:
+            raise ValueError(f"context_features must be None or positive, got {context_features}.")
+        width = layers[0]
+        for size in layers[1:-1]:
+            self.append(nn.Linear(width, size))
+            if context_features is not None:
+                self.append(AddContext(nn.Linear(context_features, size, bias=False)))
+            self.append(build_activation(activation, size))
+            width = size * getattr(self[-1], "expansion", 1)
+        self.append(nn.Linear(width, layers[-1]))
+        constrain(self, lipschitz, constraint)
