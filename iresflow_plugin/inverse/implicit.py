@@ -36,10 +36,10 @@ class _Implicit(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         (x,) = ctx.saved_tensors
         with torch.no_grad():
-            return ctx.solver.solve(_Transposed(ctx.g, x), upstream).x, None, None, None
+            return ctx.solver.solve(_Transposed(ctx.g, x), grad_outputs[0]).x, None, None, None
 
 
 class _Transposed(Map):

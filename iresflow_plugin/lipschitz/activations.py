@@ -228,7 +228,12 @@ def elementwise_map(module: nn.Module) -> Map:
         constant = max(1.0, abs(float(module.alpha)))
     if isinstance(module, nn.LeakyReLU):
         constant = max(1.0, abs(float(module.negative_slope)))
-    return Elementwise(module, lambda x: torch.func.jvp(module, (x,), (torch.ones_like(x),)), constant)
+
+    def with_slope(x: Tensor) -> tuple[Tensor, Tensor]:
+        value, slope = torch.func.jvp(module, (x,), (torch.ones_like(x),))[:2]
+        return value, slope
+
+    return Elementwise(module, with_slope, constant)
 
 
 def build_activation(

@@ -16,7 +16,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import singledispatch
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -185,7 +185,7 @@ def certify(module: nn.Module, context: Tensor | None = None) -> maps.Map:
     stated = getattr(module, "lipschitz_bound", None)
     if callable(stated):
         value = stated()
-        value = value.value if isinstance(value, Bound) else float(value)
+        value = value.value if isinstance(value, Bound) else float(cast(float, value))
         return maps.Generic(module, value, context if takes_context(module) else None)
     raise NotContractiveError(
         f"no Lipschitz bound is known for {type(module).__name__}; build the branch from Sequential, Sum, Concatenate, "
@@ -235,12 +235,12 @@ def _(module: nn.Module, context: Tensor | None = None) -> maps.Map:
 @certify.register
 def _(module: nn.Linear, context: Tensor | None = None) -> maps.Map:
     _check_unchanged(module, nn.Linear)
-    constraint, stack = _constraint_of(module), _parametrizations(module)
-    if constraint is None or len(stack) > 1:
+    stack = _parametrizations(module)
+    if len(stack) != 1 or not isinstance(stack[0], Constraint):
         weight = module.weight
         return maps.Affine(weight, module.bias, matrix.schatten_norm(weight), _ceiling(module))
-    weight, bound = constraint.certify(cast(parametrize.ParametrizationList, stack).original)
-    return maps.Affine(weight, module.bias, bound, constraint.lipschitz)
+    weight, bound = stack[0].certify(cast(Any, stack).original)
+    return maps.Affine(weight, module.bias, bound, stack[0].lipschitz)
 
 
 def _check_unchanged(module: nn.Module, *kinds: type[nn.Module]) -> None:
@@ -267,8 +267,8 @@ def _parametrizations(layer: nn.Module) -> Sequence[nn.Module]:
 
 
 def _constraint_of(layer: nn.Module) -> Constraint | None:
-    last = next(reversed([*_parametrizations(layer)]), None)
-    return last if isinstance(last, Constraint) else None
+    stack = _parametrizations(layer)
+    return stack[-1] if len(stack) and isinstance(stack[-1], Constraint) else None
 
 
 def _ceiling(layer: nn.Module) -> float:

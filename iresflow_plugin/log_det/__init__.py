@@ -3,6 +3,7 @@
 from iresflow_plugin.log_det.default import BySize
 from iresflow_plugin.log_det.estimate import Estimate, LogDet
 from iresflow_plugin.log_det.exact import Exact
+from iresflow_plugin.log_det.omitted import Omitted
 from iresflow_plugin.log_det.probes import Gaussian, Orthogonal, Rademacher
 from iresflow_plugin.log_det.roulette import Geometric, Poisson, RussianRoulette
 from iresflow_plugin.log_det.series import PowerSeries
@@ -14,6 +15,7 @@ __all__ = [
     "Gaussian",
     "Geometric",
     "LogDet",
+    "Omitted",
     "Orthogonal",
     "Poisson",
     "PowerSeries",

@@ -22,8 +22,8 @@ class BySize:
         without_gradients: largest D for `Exact` under `no_grad` or `inference_mode`.
     """
 
-    with_gradients: int = 16
-    without_gradients: int = 128
+    with_gradients: int = 12
+    without_gradients: int = 32
 
     def choose(self, x: Tensor) -> LogDet:
         """The estimator for events as large as those of `x`."""

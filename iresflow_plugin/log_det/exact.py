@@ -61,7 +61,7 @@ def log_det_identity_plus(jacobian: Tensor) -> Tensor:
     if size == 1:
         return torch.log1p(jacobian[:, 0, 0])
     if size == 2:
-        a, b, c, d = jacobian[:, 0, 0], jacobian[:, 0, 1], jacobian[:, 1, 0], jacobian[:, 1, 1]
+        a, b, c, d = jacobian.flatten(1).unbind(1)
         return torch.log1p(a + d + (a * d - b * c))
     identity = torch.eye(size, dtype=jacobian.dtype, device=jacobian.device)
     return torch.linalg.slogdet(identity + jacobian)[1]
