@@ -7,6 +7,7 @@ from iresflow_plugin.lipschitz.activations import (
     CPila,
     LipSwish,
     MaxMin,
+    SinCos,
     Sine,
     build_activation,
 )
@@ -52,6 +53,7 @@ __all__ = [
     "LipSwish",
     "MaxMin",
     "Scale",
+    "SinCos",
     "Sine",
     "Spectral",
     "Sum",

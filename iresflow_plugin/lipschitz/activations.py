@@ -3,6 +3,7 @@
 | activation  | f(x)                                      | constant    | reference                               |
 |-------------|-------------------------------------------|-------------|-----------------------------------------|
 | `Sine`      | sin(w x) / w, w > 0 learnable per feature | 1           | Sitzmann et al. 2020, 2006.09661        |
+| `SinCos`    | [sin(w x); cos(w x)] / w, w > 0 learnable | 1           | Tancik et al. 2020, 2006.10739          |
 | `LipSwish`  | x sigmoid(s x) / 1.1, s > 0 learnable     | 1.09984/1.1 | Chen et al. 2019, 1906.02735            |
 | `CLipSwish` | [LipSwish(x); LipSwish(-x)] / 1.004       | 1           | Perugachi-Diaz et al. 2021, 2102.02694  |
 | `CPila`     | [Pila(x - 0.2); Pila(-x - 0.2)] / 1.06    | 1           | Ahn et al. 2022, 2210.08176             |
@@ -52,17 +53,8 @@ class Activation(nn.Module):
         raise NotImplementedError
 
 
-class Sine(Activation):
-    """sin(w x) / w with a learnable frequency w > 0 per feature (Sitzmann et al. 2020, arXiv 2006.09661).
-
-    Args:
-        features: number of features, the size of dimension -1 (or of the channels, with `spatial_dims` behind them).
-        spatial_dims: how many dimensions follow the features; 0 for vectors, 2 for images.
-        low, high: the frequencies start spread evenly in log w between these, in radians per unit of x.
-
-    >>> Sine(2, low=1.0, high=4.0).frequency.tolist()
-    [1.0, 4.0]
-    """
+class _Periodic(Activation):
+    """A learnable frequency w > 0 per feature, spread evenly in log w between `low` and `high` at the start."""
 
     def __init__(self, features: int = 1, spatial_dims: int = 0, low: float = 2.0, high: float = 40.0) -> None:
         super().__init__(features, spatial_dims)
@@ -77,7 +69,21 @@ class Sine(Activation):
 
     @property
     def frequency(self) -> Tensor:
+        """w, in radians per unit of x, shape (features, 1, ...)."""
         return self.log_frequency.exp()
+
+
+class Sine(_Periodic):
+    """sin(w x) / w with a learnable frequency w > 0 per feature (Sitzmann et al. 2020, arXiv 2006.09661).
+
+    Args:
+        features: number of features, the size of dimension -1 (or of the channels, with `spatial_dims` behind them).
+        spatial_dims: how many dimensions follow the features; 0 for vectors, 2 for images.
+        low, high: the frequencies start spread evenly in log w between these, in radians per unit of x.
+
+    >>> [round(w, 4) for w in Sine(2, low=1.0, high=4.0).frequency.tolist()]
+    [1.0, 4.0]
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         w = self.frequency
@@ -87,6 +93,53 @@ class Sine(Activation):
         w = self.frequency
         angle = w * x
         return torch.sin(angle) / w, torch.cos(angle)
+
+
+class SinCos(_Periodic):
+    """[sin(w x); cos(w x)] / w, doubling the features, with a learnable frequency w > 0 per feature.
+
+    The Fourier features of Tancik et al. 2020 (arXiv 2006.10739) as an activation. Its slopes (cos, -sin) have length one
+    everywhere: where the sine is flat the cosine is not, so a branch need not give away any of its Lipschitz bound.
+
+    Args:
+        features, spatial_dims, low, high: as for `Sine`.
+    """
+
+    expansion = 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.frequency
+        angle = w * x
+        return torch.cat([torch.sin(angle) / w, torch.cos(angle) / w], self.dim)
+
+    def as_map(self) -> Map:
+        return _Circle(self)
+
+
+class _Circle(Map):
+    """`SinCos`, with one sine and one cosine for both value and slopes."""
+
+    ceiling = 1.0
+
+    def __init__(self, module: SinCos) -> None:
+        self.module = module
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.module(x)
+
+    def linearise(self, x: Tensor) -> Linearised:
+        dim, w = self.module.dim, self.module.frequency
+        angle = w * x
+        sin, cos = torch.sin(angle), torch.cos(angle)
+
+        def jvp(tangent: Tensor) -> Tensor:
+            return torch.cat([tangent * cos, tangent * -sin], dim)
+
+        def vjp(cotangent: Tensor) -> Tensor:
+            first, second = cotangent.chunk(2, dim)
+            return first * cos - second * sin
+
+        return Linearised(torch.cat([sin / w, cos / w], dim), jvp, vjp)
 
 
 class LipSwish(Activation):
@@ -201,7 +254,9 @@ class _Sort(Map):
 
 
 # Ours: what `LipschitzMLP(activation=...)` takes.
-ACTIVATIONS: dict[str, type[Activation]] = {kind.__name__: kind for kind in (Sine, LipSwish, CLipSwish, CPila, MaxMin)}
+ACTIVATIONS: dict[str, type[Activation]] = {
+    kind.__name__: kind for kind in (Sine, SinCos, LipSwish, CLipSwish, CPila, MaxMin)
+}
 
 # torch's own elementwise activations: (constant, smooth). Constants above 1 are divided out by `constrain`.
 CONSTANTS: dict[type[nn.Module], tuple[float, bool]] = {
@@ -239,9 +294,14 @@ def elementwise_map(module: nn.Module) -> Map:
 def build_activation(
     activation: nn.Module | Callable[..., nn.Module], features: int, spatial_dims: int = 0
 ) -> nn.Module:
-    """An activation from a class, a function of (features, spatial_dims), or a module to copy."""
+    """An activation from a class, a function of (features, spatial_dims), or a module to copy, giving `features` out.
+
+    One that expands its input, such as `SinCos`, is built for the fewer features that go in (rounded up).
+    """
     if isinstance(activation, nn.Module):
         return copy.deepcopy(activation)
     if isinstance(activation, type) and issubclass(activation, nn.Module) and not issubclass(activation, Activation):
         return activation()
-    return activation(features, spatial_dims)
+    built = activation(features, spatial_dims)
+    expansion = getattr(built, "expansion", 1)
+    return built if expansion == 1 else activation(math.ceil(features / expansion), spatial_dims)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 from torch import nn
@@ -50,10 +51,13 @@ class LipschitzMLP(Chain):
             raise ValueError(f"context_features must be None or positive, got {context_features}.")
         width = layers[0]
         for size in layers[1:-1]:
-            self.append(nn.Linear(width, size))
+            act = build_activation(activation, size)
+            expansion = getattr(act, "expansion", 1)
+            units = math.ceil(size / expansion)
+            self.append(nn.Linear(width, units))
             if context_features is not None:
-                self.append(AddContext(nn.Linear(context_features, size, bias=False)))
-            self.append(build_activation(activation, size))
-            width = size * getattr(self[-1], "expansion", 1)
+                self.append(AddContext(nn.Linear(context_features, units, bias=False)))
+            self.append(act)
+            width = units * expansion
         self.append(nn.Linear(width, layers[-1]))
         constrain(self, lipschitz, constraint)
