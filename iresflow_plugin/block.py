@@ -103,6 +103,8 @@ class ResidualBlock(nn.Module):
             raise ValueError(f"inputs must have shape (batch, *event), got {tuple(x.shape)}.")
         if context is not None:
             self._check("context", context)
+            if context.ndim < 2:
+                raise ValueError(f"context must have shape (batch, features), got {tuple(context.shape)}.")
             if context.shape[0] not in (1, x.shape[0]):
                 raise ValueError(
                     f"context must have one row, or as many rows as inputs ({x.shape[0]}), got {context.shape[0]}."

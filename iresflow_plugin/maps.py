@@ -164,6 +164,11 @@ class Affine(Map):
         return min(float(torch.as_tensor(self._bound).detach()), self.ceiling)
 
     def __call__(self, x: Tensor) -> Tensor:
+        if x.shape[-1] != self.weight.shape[1]:
+            raise ValueError(
+                f"A linear layer of the branch takes {self.weight.shape[1]} features, and its inputs have "
+                f"{x.shape[-1]}: shape {tuple(x.shape)}."
+            )
         return F.linear(x, self.weight, self.bias)
 
     def linearise(self, x: Tensor) -> Linearised:
@@ -192,13 +197,18 @@ class Shift(Map):
         self.shift = shift
 
     def __call__(self, x: Tensor) -> Tensor:
-        return x + self.shift
+        return x + per_sample(self.shift, x.ndim)
 
     def linearise(self, x: Tensor) -> Linearised:
         return Linearised(self(x), lambda t: t, lambda v: v)
 
     def rows(self, index: Tensor) -> Map:
         return Shift(self.shift[index]) if self.shift.shape[0] > 1 else self
+
+
+def per_sample(shift: Tensor, ndim: int) -> Tensor:
+    """(B, F) as (B, 1, ..., 1, F), so that its rows meet the samples and not a dimension of the event."""
+    return shift.view(shift.shape[0], *[1] * (ndim - shift.ndim), *shift.shape[1:])
 
 
 class NeedsContext(Map):

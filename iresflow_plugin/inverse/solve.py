@@ -57,7 +57,7 @@ class Solver:
     """What all solvers share.
 
     Args:
-        tolerance: largest |x - x*| (2-norm, per sample); None is what the dtype can hold, about 4 eps |y| / (1 - L).
+        tolerance: largest |x - x*| (2-norm, per sample); None is what the dtype can hold, about 8 eps max(|x|, |y|) / (1 - L).
         max_evaluations: limit per sample; None is what the bound L proves to suffice.
         on_failure: "raise" NotConvergedError, "warn", or "return" and leave it to `Solution.converged`.
     """
@@ -127,7 +127,7 @@ class _Work:
 
     row: Tensor
     y: Tensor
-    floor: Tensor  # what rounding alone may leave of a residual
+    floor: Tensor  # what rounding alone may leave of that residual
     candidate: Tensor
     best: Tensor
     residual: Tensor  # of the best candidate, and its norm
@@ -154,25 +154,26 @@ def _begin(y: Tensor) -> _Work:
     row = torch.isfinite(y.flatten(1)).all(1).nonzero()[:, 0]
     y = y if len(row) == len(y) else y[row]
     norm = y.new_full((len(row),), math.inf, dtype=_accumulate(y.dtype))
-    return _Work(row, y, round_off(y), y, y, y, norm, torch.zeros_like(row), torch.ones_like(row, dtype=torch.bool))
+    return _Work(row, y, round_off(y, y), y, y, y, norm, torch.zeros_like(row), torch.ones_like(row, dtype=torch.bool))
 
 
 def _measure(work: _Work, g: Map, bound: float) -> _Work:
     """Evaluate g at the candidate and keep it where its residual is the smallest so far."""
     residual = work.y - work.candidate - g(work.candidate)
     norm = _norms(residual)
+    floor = round_off(work.y, work.candidate)
     better = norm < work.norm
     wide = _like(better, residual)
     return _Work(
         row=work.row,
         y=work.y,
-        floor=work.floor,
+        floor=torch.where(better, floor, work.floor),
         candidate=work.candidate,
         best=torch.where(wide, work.candidate, work.best),
         residual=torch.where(wide, residual, work.residual),
         norm=torch.where(better, norm, work.norm),
         idle=torch.where(norm < 0.999 * work.norm, 0, work.idle + 1),
-        as_promised=norm <= bound * work.norm + work.floor,
+        as_promised=norm <= bound * work.norm + floor,
     )
 
 
@@ -203,9 +204,9 @@ def enough_steps(bound: float, dtype: torch.dtype) -> int:
     return min(MOST_STEPS, 2 * PATIENCE + 2 * math.ceil(math.log(torch.finfo(dtype).eps / 8) / math.log(bound)))
 
 
-def round_off(y: Tensor) -> Tensor:
-    """What rounding alone may leave of y - x - g(x), per sample, where |x| and |g(x)| are about |y|."""
-    return 4 * torch.finfo(y.dtype).eps * _norms(y)
+def round_off(y: Tensor, x: Tensor) -> Tensor:
+    """What rounding alone may leave of y - x - g(x), per sample: x and g(x) can be much larger than their sum y."""
+    return 4 * torch.finfo(y.dtype).eps * torch.maximum(_norms(y), _norms(x))
 
 
 def _report_failure(solution: Solution, solver: Solver) -> None:

@@ -269,7 +269,7 @@ CONSTANTS: dict[type[nn.Module], tuple[float, bool]] = {
     nn.LogSigmoid: (1.0, True),
     nn.SiLU: (1.09984, True),
     nn.GELU: (1.12905, True),
-    nn.Mish: (1.08847, True),
+    nn.Mish: (1.0885, True),
     nn.ReLU: (1.0, False),
     nn.LeakyReLU: (1.0, False),
     nn.Hardtanh: (1.0, False),
@@ -279,6 +279,9 @@ CONSTANTS: dict[type[nn.Module], tuple[float, bool]] = {
 def elementwise_map(module: nn.Module) -> Map:
     """A torch activation of `CONSTANTS` as a `Map`, its slope by forward differentiation."""
     constant = CONSTANTS[type(module)][0]
+    if getattr(module, "inplace", False):  # would change the caller's tensor
+        module = copy.copy(module)
+        module.inplace = False  # type: ignore[assignment]
     if isinstance(module, nn.ELU):
         constant = max(1.0, abs(float(module.alpha)))
     if isinstance(module, nn.LeakyReLU):

@@ -143,8 +143,15 @@ def constrain(net: nn.Module, lipschitz: float = 0.97, constraint: type[Constrai
                 f"above the {lipschitz} asked for; put a Scale in front of it."
             )
         return net
+    if ceiling(0.0) > lipschitz:
+        least = ceiling(0.0)
+        ceiling(1.0)
+        raise NotContractiveError(
+            f"Even with all weights at zero the network is certified only up to Lip(g) <= {least:.6g}, above the "
+            f"{lipschitz} asked for: a part without weights, such as an Identity in a Sum, needs a Scale."
+        )
     low, high = 0.0, 1.0
-    while ceiling(high) < lipschitz:
+    while ceiling(high) < lipschitz and high < 2.0**100:  # it may depend on no weight at all
         low, high = high, 2 * high
     for _ in range(60):
         middle = (low + high) / 2
@@ -165,7 +172,7 @@ def weighted_layers(module: nn.Module) -> Iterator[nn.Module]:
     stack = [module]
     while stack:
         part = stack.pop(0)
-        if id(part) in seen or isinstance(part, (AddContext, Activation)):
+        if id(part) in seen or isinstance(part, (AddContext, Activation)) or _states_its_bound(part):
             continue
         seen.add(id(part))
         if isinstance(part, nn.Linear):
@@ -181,6 +188,7 @@ def certify(module: nn.Module, context: Tensor | None = None) -> maps.Map:
         if isinstance(module, kind):
             raise NotContractiveError(f"{kind.__name__} cannot stand inside a branch: {reason}.", module)
     if type(module) in CONSTANTS:
+        _check_unchanged(module)
         return elementwise_map(module)
     stated = getattr(module, "lipschitz_bound", None)
     if callable(stated):
@@ -203,32 +211,38 @@ def _(module: nn.Sequential, context: Tensor | None = None) -> maps.Map:
 
 @certify.register
 def _(module: Sum, context: Tensor | None = None) -> maps.Map:
+    _check_unchanged(module, Sum)
     return maps.Sum([certify(part, context) for part in module])
 
 
 @certify.register
 def _(module: Concatenate, context: Tensor | None = None) -> maps.Map:
+    _check_unchanged(module, Concatenate)
     return maps.Concatenation([certify(part, context) for part in module], module.dim)
 
 
 @certify.register
 def _(module: Scale, context: Tensor | None = None) -> maps.Map:
+    _check_unchanged(module, Scale)
     return maps.Scaling(module.factor, abs(module.factor))
 
 
 @certify.register
 def _(module: Activation, context: Tensor | None = None) -> maps.Map:
+    _check_unchanged(module)
     return module.as_map()
 
 
 @certify.register
 def _(module: AddContext, context: Tensor | None = None) -> maps.Map:
+    _check_unchanged(module, AddContext)
     return maps.NeedsContext() if context is None else maps.Shift(module.shift(context))
 
 
 @certify.register(nn.Flatten)
 @certify.register(nn.Unflatten)
 def _(module: nn.Module, context: Tensor | None = None) -> maps.Map:
+    _check_unchanged(module, nn.Flatten, nn.Unflatten)
     return maps.Reshape(module)
 
 
@@ -245,7 +259,7 @@ def _(module: nn.Linear, context: Tensor | None = None) -> maps.Map:
 
 def _check_unchanged(module: nn.Module, *kinds: type[nn.Module]) -> None:
     """A subclass with a forward of its own, or a hook, may compute anything: what we know of its base says nothing."""
-    if all(type(module).forward is not kind.forward for kind in kinds):
+    if kinds and all(type(module).forward is not kind.forward for kind in kinds):
         raise NotContractiveError(
             f"{type(module).__name__} replaces the forward of {kinds[0].__name__}, so its bound is not known; "
             "give it a method lipschitz_bound(), or register a rule with certify.register.",
@@ -288,4 +302,8 @@ def _row_norms(x: Tensor) -> Tensor:
 
 def _trusts_a_method(module: nn.Module) -> bool:
     """Whether some part of the tree states its own bound, which is then its word and not our proof."""
-    return any(callable(getattr(part, "lipschitz_bound", None)) for part in module.modules())
+    return any(_states_its_bound(part) for part in module.modules())
+
+
+def _states_its_bound(module: nn.Module) -> bool:
+    return callable(getattr(module, "lipschitz_bound", None))

@@ -22,6 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from iresflow_plugin.lipschitz import matrix
+from iresflow_plugin.lipschitz.activations import Activation
+from iresflow_plugin.lipschitz.modules import AddContext
 
 
 class Constraint(nn.Module):
@@ -80,24 +82,25 @@ class Spectral(Constraint):
         if torch.is_grad_enabled():
             return self._constrain(weight, memory)
         if memory.constrained is None:
-            memory.constrained = self._constrain(weight, memory)
+            with torch.inference_mode(False), torch.no_grad():
+                memory.constrained = self._constrain(weight, memory)
         return memory.constrained
 
     def _constrain(self, weight: Tensor, memory: _Memory) -> tuple[Tensor, Tensor]:
         w = _as_matrix(weight)
-        norm = (memory.gradient * w).sum() * matrix.rounding_margin(w)
-        return weight * (self.lipschitz / norm).clamp(max=1.0).to(weight.dtype), norm
+        norm = (memory.gradient * w).sum() * matrix.rounding_margin(w, stored=weight.dtype)
+        return weight * _shrink(norm, self.lipschitz).to(weight.dtype), norm
 
     def _recall(self, weight: Tensor) -> _Memory:
         weight = weight.detach()
         readable = weight.device.type == "cpu" and not torch.compiler.is_compiling() and _is_plain(weight)
         if readable and self._memory is not None and _same(self._memory.weight, weight):
             return self._memory
-        memory = _Memory(weight, matrix.schatten_gradient(_as_matrix(weight)))
-        if readable:
-            memory.weight = weight.clone()
-            self._memory = memory
-        return memory
+        if not readable:
+            return _Memory(weight, matrix.schatten_gradient(_as_matrix(weight)))
+        with torch.inference_mode(False):  # what is kept may serve a training step next
+            self._memory = _Memory(weight.clone(), matrix.schatten_gradient(_as_matrix(weight)))
+        return self._memory
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
@@ -118,9 +121,10 @@ class AlmostOrthogonal(Constraint):
     def certify(self, weight: Tensor) -> tuple[Tensor, float]:
         w = _as_matrix(weight)
         wide = w.shape[0] < w.shape[1]
-        gram = w @ w.mT if wide else w.mT @ w
-        norms = gram.abs().sum(1).sqrt() * matrix.rounding_margin(w)
-        scale = (self.lipschitz / norms).clamp(max=1.0)
+        with matrix.full_precision(w):
+            gram = w @ w.mT if wide else w.mT @ w
+        squares = gram.abs().sum(1) * matrix.rounding_margin(w, stored=weight.dtype) ** 2
+        scale = _shrink(squares.clamp_min(self.lipschitz**2).sqrt(), self.lipschitz)  # clamped: a root has no slope at 0
         scaled = w * (scale[:, None] if wide else scale)
         return scaled.to(weight.dtype).view_as(weight), self.lipschitz
 
@@ -139,35 +143,42 @@ class Bjorck(Constraint):
     def certify(self, weight: Tensor) -> tuple[Tensor, float]:
         w = _as_matrix(weight)
         norm = matrix.schatten_norm(w)
-        w = w / norm.clamp_min(torch.finfo(w.dtype).tiny)
-        for _ in range(self.steps):
-            w = 1.5 * w - 0.5 * (w @ w.mT @ w if w.shape[0] < w.shape[1] else w @ (w.mT @ w))
-        return (w * (self.lipschitz / matrix.rounding_margin(w))).to(weight.dtype).view_as(weight), self.lipschitz
+        w = w / norm.clamp_min(1e-12)  # keeps the gradient at zero finite
+        with matrix.full_precision(w):
+            for _ in range(self.steps):
+                w = 1.5 * w - 0.5 * (w @ w.mT @ w if w.shape[0] < w.shape[1] else w @ (w.mT @ w))
+        return (w * (self.lipschitz / matrix.rounding_margin(w, stored=weight.dtype))).to(weight.dtype).view_as(weight), self.lipschitz
 
 
 class Frobenius(Constraint):
     """W min(1, c / |W|_F): the simplest certificate, loose by up to sqrt(rank)."""
 
     def certify(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        norm = matrix.frobenius_norm(_as_matrix(weight))
-        scale = (self.lipschitz / norm).clamp(max=1.0)
-        return weight * scale.to(weight.dtype), norm
+        w = _as_matrix(weight)
+        norm = matrix.frobenius_norm(w) * matrix.rounding_margin(w, stored=weight.dtype)
+        return weight * _shrink(norm, self.lipschitz).to(weight.dtype), norm
 
 
 def spectral_penalty(module: nn.Module, strength: float = 1e-3) -> Tensor:
-    """strength * sum_W |W|_2^2 over the raw weights of all layers, to be added to a loss.
+    """strength * sum_W |W|_2^2 over the raw weights of all layers of the branch, to be added to a loss.
 
     The soft alternative to a constraint, or its companion: it keeps raw weights from growing where the constraint
     binds. It proves nothing by itself.
     """
-    weights = [w for w in _raw_weights(module)]
+    weights = list(_raw_weights(module))
     if not weights:
         raise ValueError(f"{type(module).__name__} holds no weight matrix to penalise.")
     return strength * torch.stack([matrix.schatten_norm(_as_matrix(w)) ** 2 for w in weights]).sum()
 
 
 def _raw_weights(module: nn.Module) -> Iterable[Tensor]:
-    return (p for p in module.parameters() if p.ndim >= 2)
+    free = {id(p) for part in module.modules() if isinstance(part, (AddContext, Activation)) for p in part.parameters()}
+    return (p for p in module.parameters() if p.ndim >= 2 and id(p) not in free)
+
+
+def _shrink(norm: Tensor, lipschitz: float) -> Tensor:
+    """min(1, c / norm), whose gradient is finite where the norm is zero."""
+    return torch.where(norm <= lipschitz, 1.0, lipschitz / norm.clamp_min(lipschitz))
 
 
 def _as_matrix(weight: Tensor) -> Tensor:

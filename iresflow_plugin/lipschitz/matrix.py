@@ -15,6 +15,7 @@ real matrix and not only for exact arithmetic.
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -22,9 +23,23 @@ from torch import Tensor
 LOOSENESS = 1.04
 
 
-def rounding_margin(weight: Tensor) -> float:
-    """Factor that covers the rounding of products, sums and roots over a matrix of this size and dtype."""
-    return 1.0 + 4 * max(weight.shape) * torch.finfo(weight.dtype).eps
+def rounding_margin(weight: Tensor, stored: torch.dtype | None = None) -> float:
+    """Factor that covers the rounding of products, sums and roots over a matrix of this size and dtype.
+
+    With `stored`, also that of a scaled matrix kept in half precision: |fl(W) - W|_F <= eps / 2 |W|_F.
+    """
+    margin = 1.0 + 4 * max(weight.shape) * torch.finfo(weight.dtype).eps
+    if stored in (torch.float16, torch.bfloat16):
+        margin *= 1.0 + 0.51 * torch.finfo(stored).eps * math.sqrt(min(weight.shape))
+    return margin
+
+
+def full_precision(weight: Tensor) -> AbstractContextManager:
+    """Switches autocast off: products in half precision do not carry a certificate."""
+    device = weight.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
 
 
 def spectral_norm(weight: Tensor) -> Tensor:
@@ -34,14 +49,15 @@ def spectral_norm(weight: Tensor) -> Tensor:
 
 def frobenius_norm(weight: Tensor) -> Tensor:
     """|W|_2 <= |W|_F = (sum W_ij^2)^(1/2)."""
-    return torch.linalg.vector_norm(weight) * rounding_margin(weight)
+    size = _largest_entry(weight)  # the squares themselves could overflow or underflow
+    return torch.linalg.vector_norm(weight / size) * size * rounding_margin(weight)
 
 
 def row_column_norm(weight: Tensor) -> Tensor:
     """|W|_2 <= (|W|_1 |W|_inf)^(1/2), the geometric mean of the largest column and row sums."""
     rows = torch.linalg.matrix_norm(weight, ord=float("inf"))
     columns = torch.linalg.matrix_norm(weight, ord=1)
-    return (rows * columns).sqrt() * rounding_margin(weight)
+    return rows.sqrt() * columns.sqrt() * rounding_margin(weight)  # the product itself could overflow or underflow
 
 
 def schatten_norm(weight: Tensor, looseness: float = LOOSENESS) -> Tensor:
@@ -65,8 +81,13 @@ def schatten_gradient(weight: Tensor, looseness: float = LOOSENESS) -> Tensor:
     """
     if weight.shape[0] < weight.shape[1]:
         return schatten_gradient(weight.mT, looseness).mT
+    with full_precision(weight):
+        return _schatten_gradient(weight, looseness)
+
+
+def _schatten_gradient(weight: Tensor, looseness: float) -> Tensor:
     tiny = torch.finfo(weight.dtype).tiny
-    unit = weight / weight.abs().amax().clamp_min(tiny)
+    unit = weight / _largest_entry(weight)
     gram = unit.mT @ unit
     power, log_scale, exponent = gram, 0.0, 1  # power = exp(-log_scale) gram^exponent
     for step in range(_squarings(gram.shape[0], looseness)):
@@ -83,11 +104,16 @@ def schatten_gradient(weight: Tensor, looseness: float = LOOSENESS) -> Tensor:
 def power_iteration(weight: Tensor, steps: int = 20, generator: torch.Generator | None = None) -> Tensor:
     """An ESTIMATE of |W|_2 from below, |W v| after `steps` products with W^T W. Never a certificate."""
     with torch.no_grad():
+        unit = weight / _largest_entry(weight)
         v = torch.randn(weight.shape[1], generator=generator, dtype=weight.dtype, device=weight.device)
         for _ in range(steps):
-            v = torch.nn.functional.normalize(weight.mT @ (weight @ v), dim=0)
-        u = torch.nn.functional.normalize(weight @ v, dim=0)
+            v = torch.nn.functional.normalize(unit.mT @ (unit @ v), dim=0)
+        u = torch.nn.functional.normalize(unit @ v, dim=0)
     return u @ weight @ v
+
+
+def _largest_entry(weight: Tensor) -> Tensor:
+    return weight.detach().abs().amax().clamp_min(torch.finfo(weight.dtype).tiny)
 
 
 def _squarings(n: int, looseness: float) -> int:

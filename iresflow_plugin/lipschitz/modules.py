@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from iresflow_plugin.maps import per_sample
+
 
 class Chain(nn.Sequential):
     """`nn.Sequential` that hands the context to the parts that take one."""
@@ -76,12 +78,16 @@ class AddContext(nn.Module):
         self.network = network
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        return x + self.shift(context)
+        return x + per_sample(self.shift(context), x.ndim)
 
     def shift(self, context: Tensor | None) -> Tensor:
         """One row per sample."""
         if context is None:
             raise ValueError("This branch is conditional and needs a context, but context is None.")
+        if isinstance(self.network, nn.Linear) and context.shape[-1] != self.network.in_features:
+            raise ValueError(
+                f"context must have {self.network.in_features} features, got shape {tuple(context.shape)}."
+            )
         return self.network(context)
 
 

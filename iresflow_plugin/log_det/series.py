@@ -46,12 +46,12 @@ class PowerSeries:
     def __call__(self, g: Map, x: Tensor) -> Estimate:
         bound = g.bound
         v = as_probes(self.probes).draw(x, self.generator)
-        terms = self.terms or terms_needed(bound, x.shape[1:].numel(), self.tolerance or 0.0)
+        terms = self.terms or terms_needed(bound, _longest(v), self.tolerance or 0.0)
         rest = bound / ((terms + 1) * (1 - bound))
         return estimate_series(g.linearise(x), v, [1.0] * terms, bound, rest, self.tolerance)
 
 
-def terms_needed(bound: float, size: int, tolerance: float) -> int:
+def terms_needed(bound: float, size: float, tolerance: float) -> int:
     """The terms after which D L^(n+1) / ((n + 1)(1 - L)) <= tolerance, whatever the Jacobian.
 
     >>> terms_needed(0.9, size=1, tolerance=1e-3)
@@ -118,6 +118,11 @@ def _tails(weights: Sequence[float], bound: float, rest: float) -> list[float]:
     for j in range(len(weights), 0, -1):
         tails.append(bound * (weights[j - 1] / j + tails[-1]))
     return tails[::-1]
+
+
+def _longest(v: Tensor) -> float:
+    """The largest |v|^2 of a sample, averaged over its probes: D unless they are Gaussian."""
+    return max(1.0, float(_dot(v, v).mean(0).max())) if v.numel() else 1.0
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

@@ -49,6 +49,8 @@ class LipschitzMLP(Chain):
             raise ValueError(f"layers must be at least two positive sizes, such as [2, 64, 64, 2], got {layers!r}.")
         if context_features is not None and context_features < 1:
             raise ValueError(f"context_features must be None or positive, got {context_features}.")
+        if context_features is not None and len(layers) < 3:
+            raise ValueError(f"A context enters hidden layers, and layers={layers!r} has none.")
         width = layers[0]
         for size in layers[1:-1]:
             act = build_activation(activation, size)
