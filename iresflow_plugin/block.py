@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from iresflow_plugin.inverse import FixedPoint, Solution, Solver, differentiable_solution
+from iresflow_plugin.inverse import Anderson, Solution, Solver, differentiable_solution
 from iresflow_plugin.lipschitz import Bound, contraction, lipschitz_bound
 from iresflow_plugin.log_det import BySize, Estimate, LogDet
 from iresflow_plugin.maps import Map
 
 DEFAULT_LOG_DET = BySize()
-DEFAULT_INVERSE = FixedPoint()
+DEFAULT_INVERSE = Anderson()
 
 
 class ResidualBlock(nn.Module):
@@ -26,7 +26,7 @@ class ResidualBlock(nn.Module):
     Args:
         branch: g, a network certified by construction: one of `iresflow_plugin.nets`, or your own through `constrain`.
         log_det: an estimator; None is `BySize()`: exact for small events, unbiased beyond.
-        inverse: a solver; None is `FixedPoint()`, to what the dtype can hold.
+        inverse: a solver; None is `Anderson()`, to what the dtype can hold.
 
     Raises:
         NotContractiveError: if the branch is not certified to stay below 1, naming the module that is not.

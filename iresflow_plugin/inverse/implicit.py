@@ -39,7 +39,7 @@ class _Implicit(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         (x,) = ctx.saved_tensors
         with torch.no_grad():
-            # Linear in the upstream gradient, so solved for unit vectors: a tolerance must not depend on the loss's scale.
+            # Linear in v, so solved for unit vectors: a tolerance must not depend on the scale of the loss.
             v = grad_outputs[0]
             size = torch.linalg.vector_norm(v.flatten(1), dim=1).view(-1, *[1] * (v.ndim - 1))
             unit = v / torch.where(size > 0, size, 1)

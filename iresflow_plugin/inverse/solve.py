@@ -57,7 +57,8 @@ class Solver:
     """What all solvers share.
 
     Args:
-        tolerance: largest |x - x*| (2-norm, per sample); None is what the dtype can hold, about 8 eps max(|x|, |y|) / (1 - L).
+        tolerance: largest |x - x*| (2-norm, per sample); None is what the dtype can hold,
+            about 8 eps max(|x|, |y|) / (1 - L).
         max_evaluations: limit per sample; None is what the bound L proves to suffice.
         on_failure: "raise" NotConvergedError, "warn", or "return" and leave it to `Solution.converged`.
     """

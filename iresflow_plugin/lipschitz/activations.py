@@ -98,8 +98,8 @@ class Sine(_Periodic):
 class SinCos(_Periodic):
     """[sin(w x); cos(w x)] / w, doubling the features, with a learnable frequency w > 0 per feature.
 
-    The Fourier features of Tancik et al. 2020 (arXiv 2006.10739) as an activation. Its slopes (cos, -sin) have length one
-    everywhere: where the sine is flat the cosine is not, so a branch need not give away any of its Lipschitz bound.
+    The Fourier features of Tancik et al. 2020 (arXiv 2006.10739) as an activation. Its slopes (cos, -sin) have length
+    one everywhere: where the sine is flat the cosine is not, so a branch need not give away any of its bound.
 
     Args:
         features, spatial_dims, low, high: as for `Sine`.

@@ -124,7 +124,9 @@ class AlmostOrthogonal(Constraint):
         with matrix.full_precision(w):
             gram = w @ w.mT if wide else w.mT @ w
         squares = gram.abs().sum(1) * matrix.rounding_margin(w, stored=weight.dtype) ** 2
-        scale = _shrink(squares.clamp_min(self.lipschitz**2).sqrt(), self.lipschitz)  # clamped: a root has no slope at 0
+        scale = _shrink(
+            squares.clamp_min(self.lipschitz**2).sqrt(), self.lipschitz
+        )  # clamped: a root has no slope at 0
         scaled = w * (scale[:, None] if wide else scale)
         return scaled.to(weight.dtype).view_as(weight), self.lipschitz
 
@@ -147,7 +149,9 @@ class Bjorck(Constraint):
         with matrix.full_precision(w):
             for _ in range(self.steps):
                 w = 1.5 * w - 0.5 * (w @ w.mT @ w if w.shape[0] < w.shape[1] else w @ (w.mT @ w))
-        return (w * (self.lipschitz / matrix.rounding_margin(w, stored=weight.dtype))).to(weight.dtype).view_as(weight), self.lipschitz
+        return (w * (self.lipschitz / matrix.rounding_margin(w, stored=weight.dtype))).to(weight.dtype).view_as(
+            weight
+        ), self.lipschitz
 
 
 class Frobenius(Constraint):

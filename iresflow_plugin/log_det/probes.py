@@ -66,6 +66,8 @@ Probes = Rademacher | Gaussian | Orthogonal
 
 def as_probes(probes: int | Probes) -> Probes:
     """A number of probes means Rademacher probes."""
+    if not isinstance(probes, (int, Rademacher, Gaussian, Orthogonal)):
+        raise TypeError(f"probes must be a number, Rademacher(n), Gaussian(n) or Orthogonal(n), got {probes!r}.")
     return Rademacher(probes) if isinstance(probes, int) else probes
 
 

@@ -100,6 +100,8 @@ class RussianRoulette:
     def __post_init__(self) -> None:
         if self.exact_terms < 1:
             raise ValueError(f"exact_terms must be at least 1, got {self.exact_terms}.")
+        if not isinstance(self.distribution, (Geometric, Poisson)):
+            raise TypeError(f"distribution must be Geometric(p) or Poisson(rate), got {self.distribution!r}.")
         as_probes(self.probes)
 
     def __call__(self, g: Map, x: Tensor) -> Estimate:
