@@ -8,6 +8,7 @@ times the call evaluates it. The log-det estimators and the solvers see a branch
     g.ceiling               the bound that holds for every value the weights can take (inf if there is none)
     g.linearise(x)          value, J t and J^T v at x, evaluating g once
     g.rows(index)           the same map for some rows of the batch
+    g.magnitude(x)          the value, and how large the numbers are that are rounded on the way to it
 
 Everything is plain differentiable torch, so gradients flow to inputs, parameters and context, and torch.func works.
 Tangents and cotangents may carry extra leading dimensions, (K, B, *event), and a batch dimension of 1 broadcasts.
@@ -56,6 +57,11 @@ class Map:
         """The map restricted to rows of the batch; most maps treat all rows alike."""
         return self
 
+    def magnitude(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """g(x) and, per sample, the size of the numbers inside g: what rounding errors of the value are relative to."""
+        value = self(x)
+        return value, torch.maximum(norms(x), norms(value))
+
 
 class Composition(Map):
     """x -> f_n(... f_1(x)): bounds multiply, derivatives follow the chain rule."""
@@ -72,6 +78,13 @@ class Composition(Map):
         for m in self.maps:
             x = m(x)
         return x
+
+    def magnitude(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        largest = norms(x)
+        for m in self.maps:
+            x, here = m.magnitude(x)
+            largest = torch.maximum(largest, here)
+        return x, largest
 
     def linearise(self, x: Tensor) -> Linearised:
         parts: list[Linearised] = []
@@ -287,6 +300,11 @@ class Generic(Map):
         if self.context is None or self.context.shape[0] == 1:
             return self
         return Generic(self.function, self.ceiling, self.context[index])
+
+
+def norms(x: Tensor) -> Tensor:
+    """2-norm per sample, shape (B,), in at least single precision."""
+    return torch.linalg.vector_norm(x.flatten(1), dim=1, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 def _over_leading(product: Product, ndim: int) -> Product:

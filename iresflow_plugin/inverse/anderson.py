@@ -46,9 +46,10 @@ class Anderson(Solver):
         xs = torch.cat([new_x, memory[0][:, :-1]], 1)
         rs = torch.cat([new_r, memory[1][:, :-1]], 1)
         now, before = rs[:, :2].norm(dim=2).unbind(1)
-        if bool((now <= PLAIN_IS_FAST * before).all()):
+        plain_is_fast = (now <= PLAIN_IS_FAST * before)[:, None, None]
+        if bool(plain_is_fast.all()):
             return None, (xs, rs), 0
-        mixed = self._weights(rs)[:, None] @ (xs + rs)
+        mixed = torch.where(plain_is_fast, new_x + new_r, self._weights(rs)[:, None] @ (xs + rs))
         return mixed.view_as(x), (xs, rs), 0
 
     def _weights(self, rs: Tensor) -> Tensor:

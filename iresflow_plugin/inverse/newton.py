@@ -36,7 +36,8 @@ class Newton(Solver):
         size = x.shape[1:].numel()
         if size <= self.dense:
             return x + _dense_step(at_x, residual), memory, 1 + size
-        return x + gmres(at_x, residual, self.krylov), memory, 1 + self.krylov
+        steps = min(self.krylov, size)
+        return x + gmres(at_x, residual, steps), memory, 1 + steps
 
 
 def _dense_step(at_x: Linearised, residual: Tensor) -> Tensor:
@@ -45,17 +46,18 @@ def _dense_step(at_x: Linearised, residual: Tensor) -> Tensor:
     basis = torch.eye(size, dtype=residual.dtype, device=residual.device)
     columns = at_x.jvp(basis.view(size, 1, *event)).expand(size, *residual.shape)
     matrix = basis + columns.reshape(size, -1, size).permute(1, 2, 0)
-    return torch.linalg.solve_ex(matrix, residual.flatten(1)[..., None])[0].view_as(residual)
+    right = residual.flatten(1)[..., None]
+    return torch.linalg.solve_ex(_single(matrix), _single(right))[0].to(residual.dtype).view_as(residual)
 
 
 def gmres(at_x: Linearised, right: Tensor, steps: int) -> Tensor:
     """The d in the Krylov space of I + J and `right` that makes |right - (I + J) d| least, per sample."""
-    flat = right.flatten(1)
-    tiny = torch.finfo(right.dtype).tiny
+    flat = _single(right.flatten(1))
+    tiny = torch.finfo(flat.dtype).tiny
     basis = [flat / flat.norm(dim=1, keepdim=True).clamp_min(tiny)]
     images = []
     for _ in range(steps):
-        image = basis[-1] + at_x.jvp(basis[-1].view_as(right)).flatten(1)
+        image = basis[-1] + at_x.jvp(basis[-1].to(right.dtype).view_as(right)).flatten(1)
         images.append(image)
         next_vector = image
         for vector in basis:  # modified Gram-Schmidt
@@ -68,4 +70,9 @@ def gmres(at_x: Linearised, right: Tensor, steps: int) -> Tensor:
     fixed = torch.where(pivots.abs() > 1e3 * tiny, pivots, 1.0)
     r = r - torch.diag_embed(pivots) + torch.diag_embed(fixed)
     coefficients = torch.linalg.solve_triangular(r, (q.mT @ flat[..., None]), upper=True)
-    return (span @ coefficients)[..., 0].view_as(right)
+    return (span @ coefficients)[..., 0].to(right.dtype).view_as(right)
+
+
+def _single(x: Tensor) -> Tensor:
+    """Factorisations need at least single precision."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from iresflow_plugin.errors import NotContractiveError, NotConvergedError
-from iresflow_plugin.maps import Map
+from iresflow_plugin.maps import Map, norms
 
 OnFailure = Literal["raise", "warn", "return"]
 MOST_STEPS = 100_000
@@ -58,7 +58,7 @@ class Solver:
 
     Args:
         tolerance: largest |x - x*| (2-norm, per sample); None is what the dtype can hold,
-            about 8 eps max(|x|, |y|) / (1 - L).
+            about 5 eps max(|x|, |y|) / (1 - L), or more where larger numbers are rounded inside g.
         max_evaluations: limit per sample; None is what the bound L proves to suffice.
         on_failure: "raise" NotConvergedError, "warn", or "return" and leave it to `Solution.converged`.
     """
@@ -105,20 +105,23 @@ def iterate(method: Method, g: Map, y: Tensor, tolerance: float | None, max_eval
     for step in range(1, limit + 1):
         if len(work.row) == 0:
             break
-        work = _measure(work, g, bound)
+        steady = _measure(work, g, bound, first=step == 1)
         spent += 1
         out_of_budget = step == limit or (max_evaluations is not None and spent >= max_evaluations)
-        finished = _retire(work, result, bound, tolerance, spent, out_of_budget)
-        if bool(finished.any()):
-            keep = (~finished).nonzero()[:, 0]
-            work, g, memory = work.only(keep), g.rows(keep), tuple(m[keep] for m in memory)
-        if len(work.row):
-            proposal, memory, cost = method.propose(g, work.best, work.residual, memory)
-            spent += cost
-            work.candidate = work.best + work.residual
-            if proposal is not None:
-                usable = work.as_promised & torch.isfinite(proposal.flatten(1)).all(1)
-                work.candidate = torch.where(_like(usable, proposal), proposal, work.candidate)
+        converged = work.norm <= (0.25 * work.floor if tolerance is None else tolerance * (1 - bound) - work.floor)
+        if out_of_budget or not steady or bool(converged.any()):
+            finished = _retire(work, result, converged, bound, spent, tolerance is None, out_of_budget)
+            if bool(finished.all()):
+                break
+            if bool(finished.any()):
+                keep = (~finished).nonzero()[:, 0]
+                work, g, memory = work.only(keep), g.rows(keep), tuple(m[keep] for m in memory)
+        proposal, memory, cost = method.propose(g, work.best, work.residual, memory)
+        spent += cost
+        work.candidate = work.best + work.residual
+        if proposal is not None:
+            usable = work.as_promised & torch.isfinite(proposal.flatten(1)).all(1)
+            work.candidate = torch.where(_like(usable, proposal), proposal, work.candidate)
     return result
 
 
@@ -128,11 +131,12 @@ class _Work:
 
     row: Tensor
     y: Tensor
-    floor: Tensor  # what rounding alone may leave of that residual
     candidate: Tensor
     best: Tensor
     residual: Tensor  # of the best candidate, and its norm
     norm: Tensor
+    floor: Tensor  # what rounding alone may leave of that residual
+    size: Tensor  # of y, and of the numbers inside g at the first candidate
     idle: Tensor  # evaluations since the last progress
     as_promised: Tensor  # whether the last candidate was no worse than a plain step would have been
 
@@ -154,45 +158,48 @@ def _begin(y: Tensor) -> _Work:
     """Rows that are not finite have no solution and never enter."""
     row = torch.isfinite(y.flatten(1)).all(1).nonzero()[:, 0]
     y = y if len(row) == len(y) else y[row]
-    norm = y.new_full((len(row),), math.inf, dtype=_accumulate(y.dtype))
-    return _Work(row, y, round_off(y, y), y, y, y, norm, torch.zeros_like(row), torch.ones_like(row, dtype=torch.bool))
+    far = y.new_full((len(row),), math.inf, dtype=_accumulate(y.dtype))
+    at_start = torch.zeros_like(far), norms(y), torch.zeros_like(row), torch.ones_like(row, dtype=torch.bool)
+    return _Work(row, y, y, y, y, far, *at_start)  # a floor of zero: nothing infinite or NaN may look converged
 
 
-def _measure(work: _Work, g: Map, bound: float) -> _Work:
-    """Evaluate g at the candidate and keep it where its residual is the smallest so far."""
-    residual = work.y - work.candidate - g(work.candidate)
-    norm = _norms(residual)
-    floor = round_off(work.y, work.candidate)
+def _measure(work: _Work, g: Map, bound: float, first: bool) -> bool:
+    """Evaluate g at the candidate and keep it where its residual is the smallest so far: True if that is everywhere."""
+    if first:
+        value, inside = g.magnitude(work.candidate)
+        work.size = torch.maximum(work.size, inside)
+    else:
+        value = g(work.candidate)
+    residual = work.y - work.candidate - value
+    norm = norms(residual)
+    floor = round_off(torch.maximum(work.size, norms(work.candidate)), residual.dtype)
     better = norm < work.norm
+    steady = bool(better.all())
+    work.as_promised = norm <= bound * work.norm + floor
+    work.idle = torch.zeros_like(work.idle) if steady else torch.where(norm < 0.999 * work.norm, 0, work.idle + 1)
+    if steady:
+        work.best, work.residual, work.norm, work.floor = work.candidate, residual, norm, floor
+        return True
     wide = _like(better, residual)
-    return _Work(
-        row=work.row,
-        y=work.y,
-        floor=torch.where(better, floor, work.floor),
-        candidate=work.candidate,
-        best=torch.where(wide, work.candidate, work.best),
-        residual=torch.where(wide, residual, work.residual),
-        norm=torch.where(better, norm, work.norm),
-        idle=torch.where(norm < 0.999 * work.norm, 0, work.idle + 1),
-        as_promised=norm <= bound * work.norm + floor,
-    )
+    work.best = torch.where(wide, work.candidate, work.best)
+    work.residual = torch.where(wide, residual, work.residual)
+    work.norm = torch.where(better, norm, work.norm)
+    work.floor = torch.where(better, floor, work.floor)
+    return False
 
 
 def _retire(
-    work: _Work, result: Solution, bound: float, tolerance: float | None, spent: int, out_of_budget: bool
+    work: _Work, result: Solution, converged: Tensor, bound: float, spent: int, stall_is_fine: bool, out_of_budget: bool
 ) -> Tensor:
     """Write out the rows that have converged, or can get no further; True where a row is finished."""
-    floor = work.floor
-    error = (work.norm + floor) / (1 - bound)
-    converged = error <= (2 * floor / (1 - bound) if tolerance is None else tolerance)
     # No progress for long, near round-off: as far as the dtype goes, a success if no more was asked for.
-    stalled = (work.idle >= PATIENCE) & (work.norm <= 64 * floor)
-    if tolerance is None:
+    stalled = (work.idle >= PATIENCE) & (work.norm <= 64 * work.floor)
+    if stall_is_fine:
         converged = converged | stalled
     finished = converged | stalled | ~torch.isfinite(work.norm) | out_of_budget
     out = work.row[finished]
     result.x[out] = (work.best + work.residual)[finished]  # one plain step more, already paid for
-    result.error_bound[out] = error[finished]
+    result.error_bound[out] = ((work.norm + work.floor) / (1 - bound))[finished]
     result.evaluations[out] = spent
     result.converged[out] = converged[finished]
     return finished
@@ -205,9 +212,9 @@ def enough_steps(bound: float, dtype: torch.dtype) -> int:
     return min(MOST_STEPS, 2 * PATIENCE + 2 * math.ceil(math.log(torch.finfo(dtype).eps / 8) / math.log(bound)))
 
 
-def round_off(y: Tensor, x: Tensor) -> Tensor:
-    """What rounding alone may leave of y - x - g(x), per sample: x and g(x) can be much larger than their sum y."""
-    return 4 * torch.finfo(y.dtype).eps * torch.maximum(_norms(y), _norms(x))
+def round_off(size: Tensor, dtype: torch.dtype) -> Tensor:
+    """What rounding alone may leave of y - x - g(x), per sample, when the numbers in it are of this size."""
+    return 4 * torch.finfo(dtype).eps * size
 
 
 def _report_failure(solution: Solution, solver: Solver) -> None:
@@ -232,11 +239,6 @@ def _report_failure(solution: Solution, solver: Solver) -> None:
         warnings.warn(message, RuntimeWarning, stacklevel=4)
     else:
         raise NotConvergedError(message, solution)
-
-
-def _norms(x: Tensor) -> Tensor:
-    """2-norm per sample, in at least single precision."""
-    return torch.linalg.vector_norm(x.flatten(1), dim=1, dtype=_accumulate(x.dtype))
 
 
 def _accumulate(dtype: torch.dtype) -> torch.dtype:
