@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from iresflow_plugin.inverse import Anderson, Solution, Solver, differentiable_solution
 from iresflow_plugin.lipschitz import Bound, contraction, lipschitz_bound
 from iresflow_plugin.log_det import BySize, Estimate, LogDet
-from iresflow_plugin.maps import Map
+from iresflow_plugin.maps import Endomap, Map
 
 DEFAULT_LOG_DET = BySize()
 DEFAULT_INVERSE = Anderson()
@@ -69,11 +69,11 @@ class ResidualBlock(nn.Module):
         """
         g = self._ready(y, context)
         x = differentiable_solution(self.solver, g, y)
-        return x.clone(), -self._estimate(g, x).log_det  # a clone: the caller may change it in place
+        return x.clone(), -self.estimator(g, x).log_det  # a clone: the caller may change it in place
 
     def estimate(self, x: Tensor, context: Tensor | None = None) -> Estimate:
         """g(x) and the log-det at x with its standard error, remainder bound and number of terms."""
-        return self._estimate(self._ready(x, context), x)
+        return self.estimator(self._ready(x, context), x)
 
     def solve(self, y: Tensor, context: Tensor | None = None) -> Solution:
         """The solution for y with its certified error bound and evaluations, without gradients."""
@@ -86,15 +86,6 @@ class ResidualBlock(nn.Module):
 
     def extra_repr(self) -> str:
         return f"log_det={self.estimator}, inverse={self.solver}"
-
-    def _estimate(self, g: Map, x: Tensor) -> Estimate:
-        estimate = self.estimator(g, x)
-        if estimate.value.shape != x.shape:
-            raise ValueError(
-                f"The branch maps events of shape {tuple(x.shape[1:])} to {tuple(estimate.value.shape[1:])}; "
-                "x + g(x) needs them equal."
-            )
-        return estimate
 
     def _ready(self, x: Tensor, context: Tensor | None) -> Map:
         """Check the inputs; compute weights and certificate, once for the whole call."""
@@ -109,7 +100,7 @@ class ResidualBlock(nn.Module):
                 raise ValueError(
                     f"context must have one row, or as many rows as inputs ({x.shape[0]}), got {context.shape[0]}."
                 )
-        return contraction(self.branch, context)
+        return Endomap(contraction(self.branch, context))
 
     def _check(self, name: str, x: Tensor) -> None:
         _check_kind(name, x, Tensor)

@@ -174,7 +174,7 @@ class Affine(Map):
 
     @property
     def bound(self) -> float:
-        return min(float(torch.as_tensor(self._bound).detach()), self.ceiling)
+        return min(float(self._bound.detach() if isinstance(self._bound, Tensor) else self._bound), self.ceiling)
 
     def __call__(self, x: Tensor) -> Tensor:
         if x.shape[-1] != self.weight.shape[1]:
@@ -300,6 +300,41 @@ class Generic(Map):
         if self.context is None or self.context.shape[0] == 1:
             return self
         return Generic(self.function, self.ceiling, self.context[index])
+
+
+class Endomap(Map):
+    """g, checked to map events to events of the same shape, as x + g(x) needs."""
+
+    def __init__(self, g: Map) -> None:
+        self.g, self.ceiling = g, g.ceiling
+
+    @property
+    def bound(self) -> float:
+        return self.g.bound
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._same(self.g(x), x)
+
+    def magnitude(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        value, size = self.g.magnitude(x)
+        return self._same(value, x), size
+
+    def linearise(self, x: Tensor) -> Linearised:
+        at_x = self.g.linearise(x)
+        self._same(at_x.value, x)
+        return at_x
+
+    def rows(self, index: Tensor) -> Map:
+        return Endomap(self.g.rows(index))
+
+    @staticmethod
+    def _same(value: Tensor, x: Tensor) -> Tensor:
+        if value.shape != x.shape:
+            raise ValueError(
+                f"The branch maps events of shape {tuple(x.shape[1:])} to {tuple(value.shape[1:])}; "
+                "x + g(x) needs them equal."
+            )
+        return value
 
 
 def norms(x: Tensor) -> Tensor:

@@ -151,6 +151,8 @@ def swap_transforms(
 
 def _chosen(flow: nn.Module, select: Select) -> list[tuple[tuple[str, ...], nn.Module]]:
     """The selected transforms, each with all its places, without those inside another selected one."""
+    if not isinstance(flow, nn.Module):
+        raise TypeError(f"flow must be a module of nflows or normflows, or one that holds such, got {flow!r}.")
     places = list(_places(flow))
     if not places:
         raise ValueError(f"{type(flow).__name__} holds no transform of nflows or normflows that can be replaced.")
@@ -252,7 +254,7 @@ def _features(
 
 
 def _as_event(given: int | Sequence[int]) -> Event:
-    event = (given,) if isinstance(given, int) else tuple(given)
+    event = tuple(given) if isinstance(given, Sequence) else (given,)
     if not event or any(not isinstance(size, int) or size < 1 for size in event):
         raise ValueError(f"event_shape must be a positive integer or several, without the batch, got {given!r}.")
     return event

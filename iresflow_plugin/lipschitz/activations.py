@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from iresflow_plugin.errors import NotContractiveError
 from iresflow_plugin.maps import Concatenation, Elementwise, Linearised, Map
 
 
@@ -282,6 +283,12 @@ def elementwise_map(module: nn.Module) -> Map:
     if getattr(module, "inplace", False):  # would change the caller's tensor
         module = copy.copy(module)
         module.inplace = False  # type: ignore[assignment]
+    if isinstance(module, nn.Softplus) and module.threshold < 20:
+        raise NotContractiveError(
+            f"torch's Softplus jumps to the identity at its threshold, here {module.threshold}, and no constant bounds a "
+            "jump; leave the threshold at 20.",
+            module,
+        )
     if isinstance(module, nn.ELU):
         constant = max(1.0, abs(float(module.alpha)))
     if isinstance(module, nn.LeakyReLU):

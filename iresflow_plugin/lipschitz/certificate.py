@@ -26,7 +26,7 @@ from iresflow_plugin import maps
 from iresflow_plugin.errors import NotContractiveError, path_of
 from iresflow_plugin.lipschitz import matrix
 from iresflow_plugin.lipschitz.activations import CONSTANTS, Activation, elementwise_map
-from iresflow_plugin.lipschitz.constraint import Constraint, Spectral
+from iresflow_plugin.lipschitz.constraint import Constraint, Spectral, install
 from iresflow_plugin.lipschitz.modules import AddContext, Chain, Concatenate, Scale, Sum, takes_context
 
 REFUSED: dict[type[nn.Module], str] = {
@@ -292,7 +292,7 @@ def _ceiling(layer: nn.Module) -> float:
 
 def _install(layer: nn.Module, constraint: type[Constraint]) -> Constraint:
     item = constraint()
-    parametrize.register_parametrization(layer, "weight", item)
+    install(layer, item)
     return item
 
 

@@ -16,10 +16,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from iresflow_plugin.lipschitz import matrix
 from iresflow_plugin.lipschitz.activations import Activation
@@ -173,6 +174,31 @@ def spectral_penalty(module: nn.Module, strength: float = 1e-3) -> Tensor:
     if not weights:
         raise ValueError(f"{type(module).__name__} holds no weight matrix to penalise.")
     return strength * torch.stack([matrix.schatten_norm(_as_matrix(w)) ** 2 for w in weights]).sum()
+
+
+def install(layer: nn.Module, constraint: Constraint) -> None:
+    """Put a constraint on the weight of a layer, which stays picklable: torch refuses that to parametrized modules."""
+    parametrize.register_parametrization(layer, "weight", constraint)
+    cast(Any, type(layer)).__reduce_ex__ = _reduce  # that class is this layer's own, torch has just made it
+
+
+def _reduce(layer: Any, protocol: int) -> str | tuple:
+    """As the plain layer with its raw weight, and the parametrizations of that."""
+    if set(layer.parametrizations) != {"weight"}:
+        return object.__reduce_ex__(layer, protocol)  # torch's refusal
+    stack = layer.parametrizations["weight"]
+    modules = {name: module for name, module in layer._modules.items() if name != "parametrizations"}
+    parameters = {**layer._parameters, "weight": stack.original}
+    state = {**layer.__dict__, "_modules": modules, "_parameters": parameters}
+    return _restore, (type(layer).__base__, state, list(stack))
+
+
+def _restore(kind: type[nn.Module], state: dict, constraints: list[Constraint]) -> nn.Module:
+    layer = kind.__new__(kind)
+    layer.__setstate__(state)
+    for constraint in constraints:
+        install(layer, constraint)
+    return layer
 
 
 def _raw_weights(module: nn.Module) -> Iterable[Tensor]:

@@ -1,0 +1,49 @@
+"""Tables and bars for the terminal. A table is made of columns: a heading, and a function from a row to its text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+Row = TypeVar("Row")
+Columns = Mapping[str, Callable[[Row], str]]
+
+PROGRESS_COLUMNS = (
+    TextColumn("{task.description}"),
+    BarColumn(),
+    MofNCompleteColumn(),
+    TimeElapsedColumn(),
+    TextColumn("to go"),
+    TimeRemainingColumn(),
+)
+
+
+def rich_table(title: str, columns: Columns[Row], rows: Sequence[Row], best: Row | None = None) -> Table:
+    """For the terminal; the best row in bold."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for number, heading in enumerate(columns):
+        table.add_column(heading, justify="right" if number else "left")
+    for row in rows:
+        table.add_row(*(cell(row) for cell in columns.values()), style="bold" if row is best else "")
+    return table
+
+
+def markdown_table(columns: Columns[Row], rows: Sequence[Row]) -> str:
+    lines = [
+        columns,
+        ["-" * len(heading) for heading in columns],
+        *([cell(row) for cell in columns.values()] for row in rows),
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def print_wide(console: Console, tables: Sequence[Table]) -> None:
+    """Print without squeezing: in a narrow terminal lines break, but no number is lost."""
+    for table in tables:
+        width = max(console.width, console.measure(table, options=console.options.update(width=1000)).maximum)
+        Console(file=console.file, width=width).print(table)

@@ -1,0 +1,100 @@
+"""The one training loop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from lightning.fabric import Fabric
+from torch import Tensor, nn
+
+from comparisons.methods import Density, Method
+from comparisons.tasks import Task
+from iresflow_plugin import ResidualBlock, using
+from iresflow_plugin.log_det import Exact
+
+VALIDATIONS = 20
+VALIDATION_POINTS = 1000
+CLIP_NORM = 5.0
+EXACT_UP_TO = 64  # features: beyond this the exact log-det costs too much to be the yardstick
+EVALUATION_BATCH = 1000
+
+
+@dataclass
+class History:
+    """What was seen on the way: validation loss (mean, in nats) against steps and against seconds of training."""
+
+    steps: list[int] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    validation: list[float] = field(default_factory=list)
+
+
+@contextmanager
+def evaluating(density: Density, features: int) -> Iterator[None]:
+    """Eval mode, no graph, and the exact log-det in residual blocks where the event is small enough."""
+    training = density.training
+    density.eval()
+    try:
+        with torch.no_grad():
+            if features <= EXACT_UP_TO and any(isinstance(module, ResidualBlock) for module in density.modules()):
+                with using(density, log_det=Exact()):
+                    yield
+            else:
+                yield
+    finally:
+        density.train(training)
+
+
+def log_likelihoods(density: Density, x: Tensor, fabric: Fabric) -> Tensor:
+    """log p of every row, in nats, with the evaluation's log-det."""
+    with evaluating(density, x.shape[1]):
+        return torch.cat([density.log_prob(fabric.to_device(rows)).cpu() for rows in x.split(EVALUATION_BATCH)])
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for the device, so that the clock reads finished work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def train(
+    density: Density, task: Task, method: Method, *, steps: int, seed: int, fabric: Fabric, on_step: Callable[[], None]
+) -> History:
+    """Adam with a cosine schedule on the negative log-likelihood; ends with the weights of the best validation.
+
+    Every method goes through here, and only learning rate and `after_step` differ. The seconds count training alone.
+    """
+    optimizer: torch.optim.Optimizer = torch.optim.Adam(density.parameters(), lr=method.learning_rate)
+    model, optimizer = fabric.setup(density, optimizer)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    generator = torch.Generator().manual_seed(seed)
+    history, best, clock = History(), snapshot(density), 0.0
+    check = {max(1, round(steps * part / VALIDATIONS)) for part in range(VALIDATIONS + 1)}
+    for step in range(1, steps + 1):
+        started = time.perf_counter()
+        optimizer.zero_grad()
+        fabric.backward(model(fabric.to_device(task.draw(task.batch, generator))))
+        fabric.clip_gradients(model, optimizer, max_norm=CLIP_NORM)
+        optimizer.step()
+        schedule.step()
+        if method.after_step is not None:
+            method.after_step(density)
+        synchronise(fabric.device)
+        clock += time.perf_counter() - started
+        if step in check:
+            loss = -log_likelihoods(density, task.validation[:VALIDATION_POINTS], fabric).mean().item()
+            if loss < min(history.validation, default=float("inf")):
+                best = snapshot(density)
+            history.steps.append(step)
+            history.seconds.append(clock)
+            history.validation.append(loss)
+        on_step()
+    density.load_state_dict(best)
+    return history
+
+
+def snapshot(module: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in module.state_dict().items()}

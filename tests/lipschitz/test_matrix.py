@@ -1,0 +1,125 @@
+"""Every certified bound against the float64 SVD, on matrices chosen to break it."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from iresflow_plugin.lipschitz import (
+    frobenius_norm,
+    power_iteration,
+    row_column_norm,
+    schatten_norm,
+    spectral_norm,
+)
+from iresflow_plugin.lipschitz.matrix import LOOSENESS, rounding_margin
+from tests.helpers import dtypes, name, seeds, svd_norm, thorough
+
+CERTIFIED = [spectral_norm, schatten_norm, frobenius_norm, row_column_norm]
+
+
+@st.composite
+def matrices(draw: st.DrawFn) -> Tensor:
+    """Flat, decaying and degenerate spectra, all shapes, and entries close to the ends of the float range."""
+    rows, columns = draw(st.sampled_from([(1, 1), (1, 7), (7, 1), (2, 2), (5, 9), (9, 5), (40, 40), (96, 33)]))
+    torch.manual_seed(draw(seeds))
+    rank = min(rows, columns)
+    spectrum = {
+        "flat": torch.ones(rank),  # orthogonal: the worst case of a Schatten norm
+        "rank one": torch.eye(rank)[0],  # the worst case of a rounding margin: there is no slack
+        "nearly flat": 1 - 1e-3 * torch.rand(rank),
+        "decaying": 0.5 ** torch.arange(rank),
+        "two": torch.where(torch.arange(rank) < 2, 1.0, 1e-3),
+        "zero": torch.zeros(rank),
+    }[draw(st.sampled_from(["flat", "rank one", "nearly flat", "decaying", "two", "zero"]))]
+    u = torch.linalg.qr(torch.randn(rows, rows, dtype=torch.float64))[0][:, :rank]
+    v = torch.linalg.qr(torch.randn(columns, columns, dtype=torch.float64))[0][:, :rank]
+    scale = draw(st.sampled_from([1.0, 3.7, 1e20, 1e-30]))
+    return (u * spectrum.double() @ v.mT * scale).to(draw(dtypes))
+
+
+@pytest.mark.parametrize("bound", CERTIFIED, ids=name)
+@thorough
+@given(weight=matrices())
+def test_certified_bounds_hold(bound, weight):
+    assert bound(weight).item() >= svd_norm(weight)
+
+
+@given(weight=matrices())
+def test_spectral_norm_is_the_norm(weight):
+    assert spectral_norm(weight).item() <= svd_norm(weight) * rounding_margin(weight) ** 2
+
+
+@thorough
+@given(weight=matrices())
+def test_schatten_norm_is_within_four_percent(weight):
+    assert schatten_norm(weight).item() <= svd_norm(weight) * LOOSENESS * rounding_margin(weight) ** 2
+
+
+@pytest.mark.parametrize("n", [2, 16, 128, 512])
+def test_schatten_norm_of_a_flat_spectrum_is_as_loose_as_it_promises_and_no_more(n):
+    """All singular values equal is the worst case: n^(1/p) with p = 2^(t+1) + 2, between sqrt(1.04) and 1.04 or so."""
+    ratio = schatten_norm(torch.eye(n, dtype=torch.float64)).item()
+    assert 1 < ratio <= LOOSENESS * (1 + 1e-9)
+    p = math.log(n) / math.log(ratio / rounding_margin(torch.eye(n, dtype=torch.float64)))
+    assert math.log2((p - 2) / 2) == pytest.approx(round(math.log2((p - 2) / 2)), abs=1e-6)
+
+
+@pytest.mark.parametrize("looseness", [1.5, 1.1, 1.01, 1.001])
+@given(weight=matrices())
+def test_schatten_norm_keeps_any_looseness(looseness, weight):
+    ratio = schatten_norm(weight, looseness).item() / max(svd_norm(weight), 1e-300)
+    assert svd_norm(weight) == 0 or 1 <= ratio <= looseness * rounding_margin(weight) ** 2
+
+
+def test_simple_bounds_are_tight_where_the_table_says_so():
+    rank_one = torch.outer(torch.randn(5), torch.randn(7)).double()
+    assert frobenius_norm(rank_one).item() == pytest.approx(svd_norm(rank_one), rel=1e-12)
+    permutation = torch.eye(6, dtype=torch.float64)[torch.randperm(6)]
+    assert row_column_norm(permutation).item() == pytest.approx(1.0, rel=1e-12)
+
+
+@given(weight=matrices(), steps=st.integers(1, 30))
+def test_power_iteration_never_exceeds_the_norm(weight, steps):
+    estimate = power_iteration(weight, steps).item()
+    assert 0 <= estimate <= svd_norm(weight) * rounding_margin(weight)
+
+
+def test_power_iteration_converges_and_takes_a_generator():
+    weight = torch.diag(torch.tensor([3.0, 1.0, 0.5], dtype=torch.float64))
+    assert power_iteration(weight, 30).item() == pytest.approx(3.0, rel=1e-9)
+    weight = torch.randn(6, 4)
+    one, other = (power_iteration(weight, 1, torch.Generator().manual_seed(3)).item() for _ in range(2))
+    assert one == other != power_iteration(weight, 1, torch.Generator().manual_seed(4)).item()
+
+
+@pytest.mark.parametrize("norm", CERTIFIED, ids=name)
+@given(seed=seeds, shape=st.sampled_from([(1, 1), (3, 5), (5, 3), (4, 4)]))
+def test_gradients_match_finite_differences(norm, seed, shape):
+    torch.manual_seed(seed)
+    weight = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    (grad,) = torch.autograd.grad(norm(weight), weight)
+    direction = torch.randn_like(weight)
+    h = 1e-6
+    with torch.no_grad():
+        slope = (norm(weight + h * direction) - norm(weight - h * direction)) / (2 * h)
+    assert (grad * direction).sum().item() == pytest.approx(slope.item(), rel=1e-5, abs=1e-7)
+
+
+def test_gradient_of_the_schatten_norm_at_zero_is_finite():
+    weight = torch.zeros(3, 3, requires_grad=True)
+    schatten_norm(weight).backward()
+    assert torch.isfinite(weight.grad).all()
+
+
+def test_certificates_ignore_autocast():
+    """Products in bfloat16 would be wrong by half a percent, with a margin made for float32."""
+    torch.manual_seed(0)
+    for _ in range(20):
+        weight = torch.outer(torch.randn(16), torch.randn(16)) + 0.01 * torch.randn(16, 16)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            bound = schatten_norm(weight).item()
+        assert svd_norm(weight) <= bound <= 1.001 * svd_norm(weight)
