@@ -11,7 +11,7 @@ import copy
 import os
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -24,7 +24,6 @@ from torch.profiler import ProfilerActivity, profile
 from comparisons.methods import BLOCKS, METHODS, Density, NormflowsDensity, build, normflows_flow, parameter_count
 from comparisons.metrics import timed
 from iresflow_plugin.adapters.normflows import ResidualFlow
-from iresflow_plugin.inverse import FixedPoint
 from iresflow_plugin.lipschitz import Constraint
 from iresflow_plugin.nets import LipschitzMLP
 
@@ -164,6 +163,8 @@ def side_by_side(features: int, settings: Settings) -> list[Versus]:
         noise = torch.randn(settings.batch, features, device=settings.device)
         samplers = [tuned_sampler(side, noise) for side in (ours, theirs)]
         add(f"sampling to a measured error of {TARGET_ERROR:g}", measure([sampler.call for sampler in samplers]), 0.5)
+        with using(ours, log_det=Omitted()):
+            add("the same, ours without the log-det", measure([sampler.call for sampler in samplers]))
         add("error measured at that tolerance", [sampler.error for sampler in samplers], unit="1e-6", factor=1e6)
     return rows
 
@@ -217,7 +218,7 @@ def stop_at(density: Density, tolerance: float) -> None:
     """Let every block's solver stop at this tolerance, in its side's own sense of the word."""
     for flow in density.flow.flows:
         if isinstance(flow, ResidualFlow):
-            flow.block.solver = FixedPoint(tolerance=tolerance, on_failure="return")
+            flow.block.solver = replace(flow.block.solver, tolerance=tolerance, on_failure="return")
         else:
             block = flow.iresblock
             block._inverse_fixed_point = partial(
@@ -318,10 +319,15 @@ def training_step(density: Density, data: Tensor, after_step: Callable[[Density]
 
 
 def interleaved(calls: Sequence[Call], *, repeats: int, device: torch.device) -> list[float]:
-    """Median seconds of every call, after a warm-up, run in turn."""
+    """Median seconds of every call, after a warm-up, run in turn; within a round all draw the same random numbers."""
     for call in calls:
         call()
-    rounds = [[timed(call, device) for call in calls] for _ in range(repeats)]
+    rounds = []
+    for number in range(repeats):
+        rounds.append([])
+        for call in calls:
+            torch.manual_seed(number)  # as many terms of a random series on all sides
+            rounds[-1].append(timed(call, device))
     return [statistics.median(times) for times in zip(*rounds, strict=True)]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from comparisons.methods import Density, Method
 from comparisons.tasks import Task
 from iresflow_plugin import ResidualBlock, using
-from iresflow_plugin.log_det import Exact
+from iresflow_plugin.log_det import Exact, LogDet
 
 VALIDATIONS = 20
 VALIDATION_POINTS = 1000
@@ -33,17 +33,16 @@ class History:
 
 
 @contextmanager
-def evaluating(density: Density, features: int) -> Iterator[None]:
-    """Eval mode, no graph, and the exact log-det in residual blocks where the event is small enough."""
+def evaluating(density: Density, features: int, log_det: LogDet | None = None) -> Iterator[None]:
+    """Eval mode and no graph; residual blocks use `log_det`, or by default the exact one where the event is small."""
     training = density.training
+    if log_det is None and features <= EXACT_UP_TO:
+        log_det = Exact()
+    has_blocks = any(isinstance(module, ResidualBlock) for module in density.modules())
     density.eval()
     try:
-        with torch.no_grad():
-            if features <= EXACT_UP_TO and any(isinstance(module, ResidualBlock) for module in density.modules()):
-                with using(density, log_det=Exact()):
-                    yield
-            else:
-                yield
+        with torch.no_grad(), using(density, log_det=log_det) if has_blocks else nullcontext():
+            yield
     finally:
         density.train(training)
 

@@ -285,8 +285,8 @@ def elementwise_map(module: nn.Module) -> Map:
         module.inplace = False  # type: ignore[assignment]
     if isinstance(module, nn.Softplus) and module.threshold < 20:
         raise NotContractiveError(
-            f"torch's Softplus jumps to the identity at its threshold, here {module.threshold}, and no constant bounds a "
-            "jump; leave the threshold at 20.",
+            f"torch's Softplus jumps to the identity at its threshold, here {module.threshold}, and no constant "
+            "bounds a jump; leave the threshold at 20.",
             module,
         )
     if isinstance(module, nn.ELU):

@@ -284,14 +284,13 @@ def test_training_on_data_with_a_context(names) -> None:
 LOSSES = {
     "reverse KL": lambda flow: flow.reverse_kld(64),
     "reverse KL, path gradient": lambda flow: flow.reverse_kld(64, score_fn=False),
-    "reverse KL, annealed": lambda flow: flow.reverse_kld(64, beta=0.5),
     "alpha divergence": lambda flow: flow.reverse_alpha_div(64, alpha=0.5),
     "alpha divergence, dreg": lambda flow: flow.reverse_alpha_div(64, alpha=0.5, dreg=True),
 }
 
 
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
-@pytest.mark.parametrize("names", MIXES, ids=" ".join)
+@pytest.mark.parametrize("names", MIXES[1:], ids=" ".join)
 def test_training_on_a_density(names, loss) -> None:
     """The losses without score function freeze every parameter, run the inverse, and unfreeze.
 
