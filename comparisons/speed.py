@@ -23,8 +23,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from comparisons.methods import BLOCKS, METHODS, Density, NormflowsDensity, build, normflows_flow, parameter_count
 from comparisons.metrics import timed
+from iresflow_plugin import using
 from iresflow_plugin.adapters.normflows import ResidualFlow
 from iresflow_plugin.lipschitz import Constraint
+from iresflow_plugin.log_det import Omitted
 from iresflow_plugin.nets import LipschitzMLP
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or torch's profiler announces every start and stop

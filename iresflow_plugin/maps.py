@@ -122,6 +122,10 @@ class Sum(Map):
     def __call__(self, x: Tensor) -> Tensor:
         return reduce(torch.add, [m(x) for m in self.maps])
 
+    def magnitude(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        values, sizes = zip(*[m.magnitude(x) for m in self.maps], strict=True)  # large values may cancel
+        return reduce(torch.add, values), reduce(torch.maximum, sizes)
+
     def linearise(self, x: Tensor) -> Linearised:
         parts = [m.linearise(x) for m in self.maps]
         return Linearised(
@@ -147,6 +151,11 @@ class Concatenation(Map):
 
     def __call__(self, x: Tensor) -> Tensor:
         return _cat([m(x) for m in self.maps], self.dim)
+
+    def magnitude(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        values, sizes = zip(*[m.magnitude(x) for m in self.maps], strict=True)
+        value = _cat(list(values), self.dim)
+        return value, torch.maximum(norms(value), reduce(torch.maximum, sizes))
 
     def linearise(self, x: Tensor) -> Linearised:
         parts = [m.linearise(x) for m in self.maps]

@@ -117,6 +117,10 @@ def test_magnitude_sees_what_cancels():
     shift = torch.full((2, 4), 1e6).double()
     g = maps.Composition([maps.Shift(shift), maps.Shift(-shift)])
     assert (g.magnitude(torch.ones(2, 4).double())[1] > 1e6).all()
+    both = maps.Sum([maps.Shift(shift), maps.Shift(-shift)])
+    assert (both.magnitude(torch.ones(2, 4).double())[1] > 1e6).all()
+    beside = maps.Concatenation([g, maps.Scaling(1.0, 1.0)], -1)
+    assert (beside.magnitude(torch.ones(2, 4).double())[1] > 1e6).all()
 
 
 def test_bounds_compose():

@@ -291,12 +291,19 @@ def test_training_on_a_density(kind) -> None:
     assert sum(values[-5:]) < sum(values[:5]) - 0.5
 
 
-@pytest.mark.parametrize("direction", ["forward", "inverse"])
-def test_gradients_are_those_of_finite_differences(direction) -> None:
-    transform = ResidualTransform(branch(2, C)).double()
+@pytest.mark.parametrize("turn", [lambda transform: transform, InverseTransform], ids=["forward", "inverse"])
+def test_gradients_are_those_of_finite_differences(turn) -> None:
+    """Of outputs and log-det, per sample, with respect to inputs, context and every parameter."""
+    transform = turn(ResidualTransform(branch(2, C, width=4))).double()
+    names, parameters = zip(*transform.named_parameters(), strict=True)
     x = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
     context = torch.randn(3, C, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(getattr(transform, direction), (x, context))
+
+    def both(x: Tensor, context: Tensor, *values: Tensor) -> Tensor:
+        outputs, log_det = torch.func.functional_call(transform, dict(zip(names, values, strict=True)), (x, context))
+        return torch.cat([outputs, log_det[:, None]], 1)
+
+    assert torch.autograd.gradcheck(both, (x, context, *parameters))
 
 
 @pytest.mark.parametrize("direction", ["forward", "inverse"])

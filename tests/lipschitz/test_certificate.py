@@ -157,7 +157,7 @@ def plain_networks(draw: st.DrawFn) -> nn.Module:
     return {
         "linear": lambda: nn.Linear(3, 3),
         "deep": lambda: nn.Sequential(*[dense() for _ in range(3)]),
-        "sum": lambda: Sum(dense(), nn.Linear(3, 3), nn.Sequential(Scale(0.1))),
+        "sum": lambda: Sum(dense(), nn.Linear(3, 3), nn.Sequential(Scale(0.01))),
         "concatenate": lambda: nn.Sequential(Concatenate(dense(), nn.Linear(3, 2)), nn.Linear(5, 3)),
         "scaled": lambda: nn.Sequential(Scale(7.0), dense()),
         "shared": lambda: (
