@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -82,20 +83,29 @@ PARTS = (
 
 def bench(settings: Settings, seed: int, out: Path, console: Console) -> None:
     """Measure every part at every size; print the tables, and write `bench.json` and `bench.md` to `out`."""
-    torch.set_num_threads(1)
-    torch.set_flush_denormal(
-        True
-    )  # normflows' series decays into denormal numbers, which a CPU computes eight times slower
     out.mkdir(parents=True, exist_ok=True)
     measured: dict[str, list] = {part.name: [] for part in PARTS}
     jobs = [(features, part) for features in settings.features for part in PARTS]
-    with Progress(*PROGRESS_COLUMNS, console=console) as progress:
+    with Progress(*PROGRESS_COLUMNS, console=console) as progress, alike():
         for features, part in progress.track(jobs, description="bench"):
             seed_everything(seed, verbose=False)
             measured[part.name] += part.measure(features, settings)
             write(out, measured, settings)
     print_wide(console, [rich_table(part.title, part.columns, measured[part.name]) for part in PARTS])
     console.print(f"Written: {out / 'bench.json'} and {out / 'bench.md'}", highlight=False)
+
+
+@contextmanager
+def alike() -> Iterator[None]:
+    """One thread, and no denormal numbers: normflows' series decays into them, and a CPU then is eight times slower."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
+        torch.set_num_threads(threads)
 
 
 def write(out: Path, measured: dict[str, list], settings: Settings) -> None:

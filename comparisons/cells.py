@@ -68,7 +68,7 @@ def task_arrays(task: Task) -> Arrays:
         arrays["entropy"] = np.float64(task.entropy)
     if task.kind == "plane":
         limit = plane_limit(task)
-        many = task.draw(4_000_000, torch.Generator().manual_seed(0)).numpy()
+        many = task.draw(2_000_000, torch.Generator().manual_seed(0)).numpy()
         bins = np.linspace(-limit, limit, GRID + 1)
         arrays["density"] = np.histogram2d(many[:, 0], many[:, 1], bins=(bins, bins), density=True)[0]
         arrays["limit"] = np.float64(limit)

@@ -124,7 +124,8 @@ class Sum(Map):
 
     def magnitude(self, x: Tensor) -> tuple[Tensor, Tensor]:
         values, sizes = zip(*[m.magnitude(x) for m in self.maps], strict=True)  # large values may cancel
-        return reduce(torch.add, values), reduce(torch.maximum, sizes)
+        value = reduce(torch.add, values)
+        return value, torch.maximum(norms(value), reduce(torch.maximum, sizes))
 
     def linearise(self, x: Tensor) -> Linearised:
         parts = [m.linearise(x) for m in self.maps]

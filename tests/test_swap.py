@@ -367,6 +367,18 @@ def test_the_base_distribution_knows_the_number_of_features(base) -> None:
     assert widths_of_events(swap_transforms(model, nf.flows.AffineCouplingBlock), model) == [4]
 
 
+def test_the_other_models_of_normflows() -> None:
+    by_class = nf.ClassCondFlow(nf.distributions.ClassCondDiagGaussian(4, 3), [normflows_coupling(4)])
+    swap_transforms(by_class, nf.flows.AffineCouplingBlock)
+    assert by_class.log_prob(torch.randn(5, 4), torch.randint(3, (5,))).shape == (5,)
+    encoder = nf.distributions.NNDiagGaussian(nn.Linear(6, 8))
+    flows = [nf.flows.MaskedAffineAutoregressive(4, 8), normflows_coupling(4)]
+    vae = nf.NormalizingFlowVAE(nf.distributions.DiagGaussian(4), encoder, flows)
+    swap_transforms(vae, nf.flows.MaskedAffineAutoregressive)
+    swap_transforms(vae, "flows.1", event_shape=4)  # an encoder does not tell its size
+    assert vae(torch.randn(5, 6), 2)[0].shape == (5, 2, 4)
+
+
 def test_a_size_that_nobody_knows_is_asked_for() -> None:
     class Base(nn.Module):
         pass

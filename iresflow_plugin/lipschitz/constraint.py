@@ -56,10 +56,11 @@ class Constraint(nn.Module):
 
 @dataclass
 class _Memory:
-    """A weight, the gradient of its Schatten norm, and the constrained weight with its bound, all without graph."""
+    """What was found out about a weight, without graph."""
 
     weight: Tensor
-    gradient: Tensor
+    gradient: Tensor  # of its Schatten norm, raised by the rounding margin
+    fits: bool | None  # whether the norm is within the bound; None if the numbers cannot be read now
     constrained: tuple[Tensor, Tensor] | None = None
 
 
@@ -88,20 +89,26 @@ class Spectral(Constraint):
         return memory.constrained
 
     def _constrain(self, weight: Tensor, memory: _Memory) -> tuple[Tensor, Tensor]:
-        w = _as_matrix(weight)
-        norm = (memory.gradient * w).sum() * matrix.rounding_margin(w, stored=weight.dtype)
-        return weight * _shrink(norm, self.lipschitz).to(weight.dtype), norm
+        norm = torch.dot(memory.gradient.flatten(), _as_matrix(weight).flatten())
+        if memory.fits:
+            return weight, norm
+        scale = self.lipschitz / norm if memory.fits is False else _shrink(norm, self.lipschitz)
+        return weight * scale.to(weight.dtype), norm
 
     def _recall(self, weight: Tensor) -> _Memory:
         weight = weight.detach()
-        readable = weight.device.type == "cpu" and not torch.compiler.is_compiling() and _is_plain(weight)
-        if readable and self._memory is not None and _same(self._memory.weight, weight):
-            return self._memory
-        if not readable:
-            return _Memory(weight, matrix.schatten_gradient(_as_matrix(weight)))
-        with torch.inference_mode(False):  # what is kept may serve a training step next
-            self._memory = _Memory(weight.clone(), matrix.schatten_gradient(_as_matrix(weight)))
+        if weight.device.type != "cpu" or torch.compiler.is_compiling() or not _is_plain(weight):
+            return _Memory(weight, self._gradient(weight), fits=None)
+        if self._memory is None or not _same(self._memory.weight, weight):
+            with torch.inference_mode(False):  # what is kept may serve a training step next
+                gradient = self._gradient(weight)
+                fits = bool((gradient * _as_matrix(weight)).sum() <= self.lipschitz)
+                self._memory = _Memory(weight.clone(), gradient, fits)
         return self._memory
+
+    def _gradient(self, weight: Tensor) -> Tensor:
+        w = _as_matrix(weight)
+        return matrix.schatten_gradient(w) * matrix.rounding_margin(w, stored=weight.dtype)
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)

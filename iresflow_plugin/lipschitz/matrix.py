@@ -87,11 +87,11 @@ def schatten_gradient(weight: Tensor, looseness: float = LOOSENESS) -> Tensor:
 
 def _schatten_gradient(weight: Tensor, looseness: float) -> Tensor:
     tiny = torch.finfo(weight.dtype).tiny
-    unit = weight / _largest_entry(weight)
-    gram = unit.mT @ unit
-    power, log_scale, exponent = gram, 0.0, 1  # power = exp(-log_scale) gram^exponent
-    for step in range(_squarings(gram.shape[0], looseness)):
-        if step % 3 == 0:  # the largest eigenvalue is at least trace/n: three squarings cannot underflow it
+    unit = weight / torch.linalg.vector_norm(weight, math.inf).clamp_min(tiny)  # its squares cannot overflow
+    unit = unit / torch.linalg.vector_norm(unit).clamp_min(tiny)
+    power, log_scale, exponent = unit.mT @ unit, 0.0, 1  # power = exp(-log_scale) gram^exponent, and the trace is one
+    for step in range(_squarings(power.shape[0], looseness)):
+        if step and step % 3 == 0:  # the largest eigenvalue is at least trace/n: three squarings cannot underflow it
             trace = power.diagonal().sum().clamp_min(tiny)
             power, log_scale = power / trace, log_scale + trace.log()
         power, log_scale, exponent = power @ power, 2 * log_scale, 2 * exponent
