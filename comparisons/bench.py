@@ -117,12 +117,16 @@ def write(out: Path, measured: dict[str, list], settings: Settings) -> None:
         **{name: [asdict(row) for row in rows] for name, rows in measured.items()},
     }
     (out / "bench.json").write_text(json.dumps(content, indent=1) + "\n")
-    heading = ["# Bench", "", f"{run['date']}, {run['git']}, {describe(settings)}, {run['machine']}, {run['versions']}"]
+    how = "\n".join(f"- {name}: {as_text(value)}" for name, value in {**run, "settings": describe(settings)}.items())
     tables = [f"## {part.title}\n\n{markdown_table(part.columns, measured[part.name])}" for part in PARTS]
-    (out / "bench.md").write_text("\n\n".join(["\n".join(heading), *tables]) + "\n")
+    (out / "bench.md").write_text("\n\n".join(["# Bench", how, *tables]) + "\n")
 
 
 def describe(settings: Settings) -> dict[str, object]:
     """The settings and what all sizes share, as text and numbers."""
     common = {"blocks": BLOCKS, "lipschitz": LIPSCHITZ, "weights scaled by": SCALE}
     return {**asdict(settings), "device": str(settings.device), **common}
+
+
+def as_text(value: object) -> str:
+    return ", ".join(f"{name} {item}" for name, item in value.items()) if isinstance(value, dict) else str(value)

@@ -70,9 +70,9 @@ def run_cells(cells: list[Cell], workers: int, store: Store, console: Console) -
     run = {**provenance(), "workers": f"{workers}, one thread each"}
     with Progress(*PROGRESS_COLUMNS, console=console) as progress:
         bar = progress.add_task("steps", total=sum(cell.steps for cell in cells))
-        for cell, outcome, arrays in run_all(cells, workers, lambda done: progress.update(bar, completed=done)):
+        for _, outcome, arrays in run_all(cells, workers, lambda done: progress.update(bar, completed=done)):
             if isinstance(outcome, Result):
-                store.add_arrays(f"{cell.task}--{cell.method}", arrays)
+                store.add_arrays(outcome.name, arrays)
             store.add(outcome, run)
             progress.console.print(sentence(outcome), highlight=False, soft_wrap=True)
 

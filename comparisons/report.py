@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 
+import numpy as np
 import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
@@ -16,6 +17,7 @@ from comparisons.methods import METHODS, TWINS
 from comparisons.metrics import Estimate
 from comparisons.results import Result, Store
 from comparisons.tables import Columns
+from comparisons.tasks import TASKS
 
 COLUMNS: Columns[Result] = {
     "method": lambda result: result.method,
@@ -56,9 +58,9 @@ def with_error(estimate: Estimate, sign: str = "") -> str:
 
 def by_task(results: list[Result]) -> dict[str, list[Result]]:
     """The results of each task, every twin behind its original."""
-    tasks = dict.fromkeys(result.task for result in results)
     ordered = sorted(results, key=lambda result: figures.ORDER.index(result.method))
-    return {task: [result for result in ordered if result.task == task] for task in tasks}
+    chosen = {task: [result for result in ordered if result.task == task] for task in TASKS}
+    return {task: found for task, found in chosen.items() if found}
 
 
 def best_of(results: list[Result]) -> Result:
@@ -71,7 +73,8 @@ def gains(results: list[Result], store: Store) -> list[Gain]:
     found = {(result.task, result.method): result for result in results}
     pairs = [
         (result, found[result.task, TWINS[result.method]])
-        for result in results
+        for chosen in by_task(results).values()
+        for result in chosen
         if (result.task, TWINS.get(result.method)) in found
     ]
     return [
@@ -87,18 +90,15 @@ def gains(results: list[Result], store: Store) -> list[Gain]:
     ]
 
 
-def scores(result: Result, store: Store):
-    return store.load_arrays(cell_name(result))["scores"]
-
-
-def cell_name(result: Result) -> str:
-    return f"{result.task}--{result.method}"
+def scores(result: Result, store: Store) -> np.ndarray:
+    """The test log-likelihood point by point."""
+    return store.load_arrays(result.name)["scores"]
 
 
 def pictures(task: str, results: list[Result], store: Store) -> list[Figure]:
     """All pictures of one task."""
     data = store.load_arrays(task)
-    cells = {result.method: store.load_arrays(cell_name(result)) for result in results}
+    cells = {result.method: store.load_arrays(result.name) for result in results}
     kind = str(data["kind"])
     drawn = [figures.densities(task, data, cells)] if kind == "plane" else []
     entropy = float(data["entropy"]) if "entropy" in data else None

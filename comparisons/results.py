@@ -16,11 +16,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import iresflow_plugin
 from comparisons.data import REPOSITORY
 from comparisons.metrics import Estimate
 from comparisons.training import History
 
-PACKAGES = ("iresflow_plugin", "torch", "nflows", "normflows", "lightning", "numpy", "scikit-learn")
+PACKAGES = ("torch", "nflows", "normflows", "lightning", "numpy", "scikit-learn")
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,11 @@ class Result:
     lipschitz_bound: float | None
     history: History
     swap: str  # what was swapped for what; empty for an original
+
+    @property
+    def name(self) -> str:
+        """Under which its arrays are kept."""
+        return f"{self.task}--{self.method}"
 
     @classmethod
     def from_json(cls, record: dict) -> Result:
@@ -75,7 +81,11 @@ def provenance() -> dict[str, object]:
             "threads": torch.get_num_threads(),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },
-        "versions": {"python": platform.python_version(), **{name: installed(name) for name in PACKAGES}},
+        "versions": {
+            "iresflow_plugin": iresflow_plugin.__version__,
+            "python": platform.python_version(),
+            **{name: installed(name) for name in PACKAGES},
+        },
     }
 
 

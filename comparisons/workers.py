@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
 from typing import Any
@@ -66,16 +67,24 @@ def side_by_side(cells: list[Cell], workers: int, on_progress: Callable[[int], N
     context = get_context("spawn")  # a fork of a process that has used torch may hang
     steps, stop = context.Value("q", 0), context.Event()
     with ProcessPoolExecutor(workers, context, initializer=become_worker, initargs=(steps, stop)) as pool:
-        pending: set[Future[Outcome]] = {pool.submit(attempt, cell, count_step) for cell in cells}
+        pending: dict[Future[Outcome], Cell] = {pool.submit(attempt, cell, count_step): cell for cell in cells}
         try:
             while pending:
-                finished, pending = wait(pending, timeout=LOOK_AGAIN, return_when=FIRST_COMPLETED)
+                finished, _ = wait(pending, timeout=LOOK_AGAIN, return_when=FIRST_COMPLETED)
                 on_progress(steps.value)
                 for future in finished:
-                    yield future.result()
+                    yield outcome_of(future, pending.pop(future))
         finally:  # also when the reader is interrupted: the cells that run end at their next step
             stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def outcome_of(future: Future[Outcome], cell: Cell) -> Outcome:
+    """What a worker handed back, or a failure if it died, which also ends the cells that were waiting for it."""
+    try:
+        return future.result()
+    except BrokenProcessPool as error:
+        return cell, Failure(cell.task, cell.method, cell.seed, f"a worker process died: {error}"), {}
 
 
 class StoppedError(BaseException):

@@ -347,6 +347,11 @@ class Endomap(Map):
         return value
 
 
+def is_plain(x: Tensor) -> bool:
+    """Whether the entries can be read now; inside torch.func transforms they cannot."""
+    return not torch._C._functorch.is_functorch_wrapped_tensor(x)  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def norms(x: Tensor) -> Tensor:
     """2-norm per sample, shape (B,), in at least single precision."""
     return torch.linalg.vector_norm(x.flatten(1), dim=1, dtype=torch.promote_types(x.dtype, torch.float32))

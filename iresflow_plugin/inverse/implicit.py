@@ -42,7 +42,10 @@ class _Implicit(torch.autograd.Function):
             # Linear in v, so solved for unit vectors: a tolerance must not depend on the scale of the loss.
             v = grad_outputs[0]
             size = torch.linalg.vector_norm(v.flatten(1), dim=1).view(-1, *[1] * (v.ndim - 1))
-            unit = v / torch.where(size > 0, size, 1)
+            solvable = torch.isfinite(size) & (size > 0)
+            unit = torch.where(
+                solvable, v / torch.where(solvable, size, 1), 0
+            )  # 0 * inf: what is not finite becomes NaN
             return ctx.solver.solve(_Transposed(ctx.g, x), unit).x * size, None, None, None
 
 

@@ -196,7 +196,9 @@ def _retire(
     stalled = (work.idle >= PATIENCE) & (work.norm <= 64 * work.floor)
     if stall_is_fine:
         converged = converged | stalled
-    finished = converged | stalled | ~torch.isfinite(work.norm) | out_of_budget
+    broken = ~torch.isfinite(work.norm + work.floor)
+    converged = converged & ~broken
+    finished = converged | stalled | broken | out_of_budget
     out = work.row[finished]
     result.x[out] = (work.best + work.residual)[finished]  # one plain step more, already paid for
     result.error_bound[out] = ((work.norm + work.floor) / (1 - bound))[finished]

@@ -312,6 +312,15 @@ def build_activation(
         return copy.deepcopy(activation)
     if isinstance(activation, type) and issubclass(activation, nn.Module) and not issubclass(activation, Activation):
         return activation()
-    built = activation(features, spatial_dims)
+    dims = (spatial_dims,) if spatial_dims else ()
+    try:
+        built = activation(features, *dims)
+    except TypeError as error:
+        built = error
+    if not isinstance(built, nn.Module):
+        raise TypeError(
+            "activation must be a class such as Sine or nn.ELU, a module, or a function of the number of features "
+            f"that returns a module, got {activation!r}."
+        )
     expansion = getattr(built, "expansion", 1)
-    return built if expansion == 1 else activation(math.ceil(features / expansion), spatial_dims)
+    return built if expansion == 1 else activation(math.ceil(features / expansion), *dims)

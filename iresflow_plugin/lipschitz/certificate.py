@@ -128,7 +128,7 @@ def constrain(net: nn.Module, lipschitz: float = 0.97, constraint: type[Constrai
     check_lipschitz(lipschitz)
     certified_map(net)  # raises before anything is changed
     layers = list(weighted_layers(net))
-    installed = [_constraint_of(layer) or _install(layer, constraint) for layer in layers]
+    installed = [_install(layer, constraint) for layer in layers]
 
     def ceiling(c: float) -> float:
         for item in installed:
@@ -291,6 +291,10 @@ def _ceiling(layer: nn.Module) -> float:
 
 
 def _install(layer: nn.Module, constraint: type[Constraint]) -> Constraint:
+    """The layer's constraint if it is of this kind, else a new one, behind whatever parametrizes the weight already."""
+    present = _constraint_of(layer)
+    if present is not None and type(present) is constraint:
+        return present
     item = constraint()
     install(layer, item)
     return item

@@ -25,6 +25,7 @@ from torch.nn.utils import parametrize
 from iresflow_plugin.lipschitz import matrix
 from iresflow_plugin.lipschitz.activations import Activation
 from iresflow_plugin.lipschitz.modules import AddContext
+from iresflow_plugin.maps import is_plain
 
 
 class Constraint(nn.Module):
@@ -60,7 +61,7 @@ class _Memory:
 
     weight: Tensor
     gradient: Tensor  # of its Schatten norm, raised by the rounding margin
-    fits: bool | None  # whether the norm is within the bound; None if the numbers cannot be read now
+    norm: float | None  # None if the numbers cannot be read now
     constrained: tuple[Tensor, Tensor] | None = None
 
 
@@ -69,7 +70,7 @@ class Spectral(Constraint):
 
     On the CPU the result is kept with a copy of the weight it was computed from and reused only while the weight
     equals that copy entry by entry, so it cannot be stale; on a GPU the comparison would stall the queue, and it is
-    recomputed.
+    recomputed. First derivatives with respect to the weight only: the gradient of the norm holds still.
     """
 
     def __init__(self, lipschitz: float = 1.0) -> None:
@@ -90,20 +91,21 @@ class Spectral(Constraint):
 
     def _constrain(self, weight: Tensor, memory: _Memory) -> tuple[Tensor, Tensor]:
         norm = torch.dot(memory.gradient.flatten(), _as_matrix(weight).flatten())
-        if memory.fits:
+        if memory.norm is None:
+            return weight * _shrink(norm, self.lipschitz).to(weight.dtype), norm
+        if memory.norm <= self.lipschitz:
             return weight, norm
-        scale = self.lipschitz / norm if memory.fits is False else _shrink(norm, self.lipschitz)
-        return weight * scale.to(weight.dtype), norm
+        return weight * (self.lipschitz / norm).to(weight.dtype), norm
 
     def _recall(self, weight: Tensor) -> _Memory:
         weight = weight.detach()
-        if weight.device.type != "cpu" or torch.compiler.is_compiling() or not _is_plain(weight):
-            return _Memory(weight, self._gradient(weight), fits=None)
+        if weight.device.type != "cpu" or torch.compiler.is_compiling() or not is_plain(weight):
+            return _Memory(weight, self._gradient(weight), norm=None)
         if self._memory is None or not _same(self._memory.weight, weight):
             with torch.inference_mode(False):  # what is kept may serve a training step next
                 gradient = self._gradient(weight)
-                fits = bool((gradient * _as_matrix(weight)).sum() <= self.lipschitz)
-                self._memory = _Memory(weight.clone(), gradient, fits)
+                norm = torch.dot(gradient.flatten(), _as_matrix(weight).flatten()).item()
+                self._memory = _Memory(weight.clone(), gradient, norm)
         return self._memory
 
     def _gradient(self, weight: Tensor) -> Tensor:
@@ -112,8 +114,9 @@ class Spectral(Constraint):
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        if name == "lipschitz":
-            self._memory = None
+        memory = self.__dict__.get("_memory")
+        if name == "lipschitz" and memory is not None:
+            memory.constrained = None
 
     def __getstate__(self) -> dict:
         return {**super().__getstate__(), "_memory": None}
@@ -222,11 +225,6 @@ def _as_matrix(weight: Tensor) -> Tensor:
     """The weight as (out, in), in at least single precision: half precision cannot carry a certificate."""
     w = weight.flatten(1)
     return w.float() if w.dtype in (torch.float16, torch.bfloat16) else w
-
-
-def _is_plain(w: Tensor) -> bool:
-    """Whether the entries can be read now; inside torch.func transforms they cannot."""
-    return not torch._C._functorch.is_functorch_wrapped_tensor(w)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

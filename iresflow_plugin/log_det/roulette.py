@@ -82,8 +82,8 @@ class Poisson:
 class RussianRoulette:
     """sum_k (-1)^(k+1) c_k E[v^T J^k v] / k, unbiased (Chen et al. 2019, arXiv 1906.02735).
 
-    Draws N; c_k = 1 for k <= m and 1[N >= k - m] / P(N >= k - m) beyond. The value and the gradient are unbiased for
-    log det(I + J); the series ends early only when all that follows is below the round-off of the sum.
+    Draws N for every probe; c_k = 1 for k <= m and 1[N >= k - m] / P(N >= k - m) beyond. The value and the gradient are
+    unbiased for log det(I + J); the series ends early only when all that follows is below the round-off of the sum.
 
     Args:
         distribution: `Geometric()` or `Poisson(rate)`.
@@ -107,8 +107,10 @@ class RussianRoulette:
     def __call__(self, g: Map, x: Tensor) -> Estimate:
         bound = g.ceiling  # not g.bound: reading that would make the host wait for the device
         v = as_probes(self.probes).draw(x, self.generator)
-        extra = self.distribution.sample(bound, self.generator)
-        weights = [1.0] * self.exact_terms + [1 / self.distribution.survival(j, bound) for j in range(1, extra + 1)]
+        draws = [self.distribution.sample(bound, self.generator) for _ in range(v.shape[0])]
+        heavier = [1 / self.distribution.survival(j, bound) for j in range(1, max(draws) + 1)]
+        weights = [[1.0]] * self.exact_terms
+        weights += [[weight * (j <= n) for n in draws] for j, weight in enumerate(heavier, start=1)]
         estimate = estimate_series(g.linearise(x), v, weights, bound, rest=0.0)
         return Estimate(
             estimate.value,

@@ -13,6 +13,8 @@ from iresflow_plugin.log_det.estimate import Estimate
 from iresflow_plugin.log_det.probes import Probes, as_probes
 from iresflow_plugin.maps import Linearised, Map
 
+Weights = Sequence[float]  # of one term: for all probes, or for each
+
 
 @dataclass(frozen=True)
 class PowerSeries:
@@ -48,7 +50,7 @@ class PowerSeries:
         v = as_probes(self.probes).draw(x, self.generator)
         terms = self.terms or terms_needed(bound, _longest(v), self.tolerance or 0.0)
         rest = bound / ((terms + 1) * (1 - bound))
-        return estimate_series(g.linearise(x), v, [1.0] * terms, bound, rest, self.tolerance)
+        return estimate_series(g.linearise(x), v, [[1.0]] * terms, bound, rest, self.tolerance)
 
 
 def terms_needed(bound: float, size: float, tolerance: float) -> int:
@@ -66,21 +68,21 @@ def terms_needed(bound: float, size: float, tolerance: float) -> int:
 
 
 def estimate_series(
-    at_x: Linearised, v: Tensor, weights: Sequence[float], bound: float, rest: float, tolerance: float | None = None
+    at_x: Linearised, v: Tensor, weights: Sequence[Weights], bound: float, rest: float, tolerance: float | None = None
 ) -> Estimate:
     """sum_k (-1)^(k+1) weights[k-1] v^T J^k v / k, with the gradient of its expectation.
 
     Its gradient is tr(sum_k (-1)^(k-1) weights[k-1] J^(k-1) dJ) (the Neumann gradient, Chen et al. 2019, arXiv
     1906.02735): the sum w = sum_k (-1)^(k-1) weights[k-1] (J^T)^(k-1) v is built without a graph and meets dJ in one
-    product with a graph, so memory does not grow with the number of terms.
+    product with a graph, so memory does not grow with the number of terms. First derivatives only: w holds still.
 
     Args:
         v: probes, shape (K, B, *event).
-        weights: one per term, at least 1 and not decreasing.
+        weights: for every term one number, or one per probe.
         rest: bounds sum_{k > n} L^(k-n) weights[k-1] / k, what follows the last term, per |v| |(J^T)^n v|.
         tolerance: stop as soon as what follows is below this for all samples; None stops at round-off.
     """
-    value, w, remainder, terms = _sum_series(at_x, v, _tails(weights, bound, rest), weights, bound, tolerance)
+    value, w, remainder, terms = _sum_series(at_x, v, _tails(weights, bound, rest), weights, tolerance)
     count = v.shape[0]
     error = value.std(0) / count**0.5 if count > 1 else torch.full_like(value[0], math.nan)
     log_det = value.mean(0)
@@ -92,7 +94,7 @@ def estimate_series(
 
 @torch.no_grad()
 def _sum_series(
-    at_x: Linearised, v: Tensor, tails: Sequence[float], weights: Sequence[float], bound: float, tolerance: float | None
+    at_x: Linearised, v: Tensor, tails: Sequence[float], weights: Sequence[Weights], tolerance: float | None
 ) -> tuple[Tensor, Tensor, Tensor, int]:
     """The series per probe and sample, the Neumann vector w, the bound of what was left out, the terms used."""
     length = _dot(v, v).sqrt()
@@ -103,20 +105,28 @@ def _sum_series(
     look_every = 1 if v.device.type == "cpu" else 4  # a look makes the host wait for the device
     for k, weight in enumerate(weights, start=1):
         sign = 1.0 if k % 2 else -1.0
-        w.add_(vector, alpha=sign * weight)
+        _add(w, vector, weight, sign)
         vector = at_x.vjp(vector)
-        value.add_(_dot(vector, v), alpha=sign * weight / k)
+        _add(value, _dot(vector, v), weight, sign / k)
         remainder = length * _dot(vector, vector).sqrt() * tails[k]
         if k % look_every == 0 and bool((remainder.mean(0) <= enough).all()):
             break
     return value, w, remainder, k
 
 
-def _tails(weights: Sequence[float], bound: float, rest: float) -> list[float]:
-    """tails[k] = sum_{j > k} weights[j-1] L^(j-k) / j, ending in `rest`."""
+def _add(total: Tensor, term: Tensor, weight: Weights, factor: float) -> None:
+    """total += factor weight term, in place, with a weight of its own for every probe if there are several."""
+    if len(weight) == 1:
+        total.add_(term, alpha=factor * weight[0])
+    else:
+        total.addcmul_(term, term.new_tensor(weight).view(-1, *[1] * (term.ndim - 1)), value=factor)
+
+
+def _tails(weights: Sequence[Weights], bound: float, rest: float) -> list[float]:
+    """tails[k] = sum_{j > k} weights[j-1] L^(j-k) / j for the heaviest probe, ending in `rest`."""
     tails = [rest]
     for j in range(len(weights), 0, -1):
-        tails.append(bound * (weights[j - 1] / j + tails[-1]))
+        tails.append(bound * (max(weights[j - 1]) / j + tails[-1]))
     return tails[::-1]
 
 

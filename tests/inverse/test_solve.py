@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from iresflow_plugin import NotContractiveError, NotConvergedError, maps
 from iresflow_plugin.inverse import Anderson, FixedPoint, Newton, Solution, Solver
+from iresflow_plugin.inverse.newton import gmres
 from iresflow_plugin.lipschitz import Chain, contraction
 from tests.helpers import (
     EPS,
@@ -21,6 +22,7 @@ from tests.helpers import (
     frozen64,
     gentle_sine,
     inverse64,
+    jacobian,
     linear_branch,
     orthogonal,
     scale_weights,
@@ -199,10 +201,35 @@ def test_anderson_is_never_much_worse_than_the_fixed_point(seed, lipschitz, kind
 def test_acceleration_pays_where_it_should():
     net = linear_branch(-torch.eye(4, dtype=torch.float64), 0.99)
     y = torch.randn(8, 4, dtype=torch.float64)
-    plain, mixed, newton = (
-        s.solve(contraction(net), y).evaluations.max() for s in (FixedPoint(), Anderson(), Newton())
-    )
-    assert plain > 500 and mixed < 20 and newton < 40
+    spent = [s.solve(contraction(net), y).evaluations.max() for s in SOLVERS]
+    assert spent[0] > 500 and max(spent[1:]) < 40
+    net = linear_branch(torch.diag(-torch.linspace(0.5, 1, 40)), 0.97)
+    y = torch.randn(8, 40, dtype=torch.float64)
+    plain, krylov = (s.solve(contraction(net), y).evaluations.max() for s in (FixedPoint(), Newton()))
+    assert krylov < 0.5 * plain
+
+
+@pytest.mark.parametrize("size, steps", [(5, 1), (5, 3), (5, 5), (1, 1)])
+def test_gmres_minimises_over_the_krylov_space(size, steps):
+    """Against least squares over the span of b, Ab, ..., A^(k-1) b."""
+    net = scaled_mlp(size, 8, gentle_sine, 0.95)
+    x, right = (torch.randn(4, size, dtype=torch.float64) for _ in range(2))
+    at_x = contraction(net).linearise(x)
+    matrix = torch.eye(size) + jacobian(net, x)
+    step = gmres(at_x, right, steps)
+    for a, b, d in zip(matrix, right, step, strict=True):
+        space = torch.stack([torch.linalg.matrix_power(a, k) @ b for k in range(steps)], 1)
+        best = space @ torch.linalg.lstsq(a @ space, b[:, None]).solution[:, 0]
+        assert (b - a @ d).norm() <= (b - a @ best).norm() + 1e-8 * b.norm()
+    if steps == size:
+        assert_close((matrix @ step[..., None])[..., 0], right, 1e-8)
+
+
+def test_gmres_survives_breakdown():
+    """A multiple of the identity exhausts the Krylov space after one step; a zero residual before it."""
+    at_x = maps.Scaling(-0.5, 0.5).linearise(torch.zeros(2, 4).double())
+    right = torch.stack([torch.randn(4).double(), torch.zeros(4).double()])
+    assert_close(gmres(at_x, right, 4), 2 * right, 1e-12)
 
 
 class Counted(maps.Map):

@@ -224,7 +224,7 @@ def test_build_activation():
     assert isinstance(copied, Sine) and copied.log_frequency is not mine.log_frequency
     doubling = build_activation(CLipSwish, 6)
     assert doubling(torch.randn(2, 3)).shape == (2, 6)
-    assert build_activation(lambda n, dims: Sine(n, dims, low=1.0, high=2.0), 4).frequency.max() < 2.001
+    assert build_activation(lambda n: Sine(n, low=1.0, high=2.0), 4).frequency.max() < 2.001
 
 
 def test_layers_of_a_net_do_not_share_an_activation_given_as_a_module():

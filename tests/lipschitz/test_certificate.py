@@ -197,7 +197,6 @@ def test_constrain_again_changes_the_bound_and_stacks_nothing():
     assert svd_norm(net[0].weight) <= 0.3
 
 
-@pytest.mark.xfail(strict=True, reason="reported: constrain(net, constraint=Bjorck) keeps an older Spectral in silence")
 def test_constrain_again_with_another_constraint_is_honoured_or_refused():
     """D6."""
     net = constrain(nn.Sequential(nn.Linear(3, 3)), 0.9)

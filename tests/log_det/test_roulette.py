@@ -152,7 +152,6 @@ def test_the_weights_are_those_of_the_survival_function():
         assert estimate.log_det.item() == pytest.approx(expected, rel=1e-10)
 
 
-@pytest.mark.xfail(strict=True, reason="reported: standard_error covers the probes, not the random number of terms")
 def test_d17_standard_error_covers_the_roulette():
     """D17. For g = -L x Rademacher probes are exact, and all the noise is that of N; reporting zero is misleading."""
     net = linear_branch(-torch.eye(3, dtype=torch.float64), 0.97)

@@ -206,13 +206,11 @@ def test_d8_misspelt_keywords_are_refused():
             LipschitzMLP([2, 4, 2], **wrong)
 
 
-@pytest.mark.xfail(strict=True, raises=TypeError, reason="reported: the docstring promises a function of one argument")
 def test_an_activation_may_be_a_function_of_the_number_of_features():
     net = LipschitzMLP([2, 4, 2], activation=lambda features: Sine(features, low=1.0, high=2.0))
     assert net(torch.randn(3, 2)).shape == (3, 2)
 
 
-@pytest.mark.xfail(strict=True, reason="reported: torch.nn.functional.relu fails deep inside torch, unexplained")
 def test_a_plain_function_as_activation_is_explained():
     """nflows' own keyword takes a function; whoever passes one here should read what is allowed."""
     with pytest.raises((TypeError, NotContractiveError), match="activation"):
