@@ -15,6 +15,7 @@ but `Bjorck`, which pushes every singular value towards c.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -62,7 +63,7 @@ class _Memory:
     weight: Tensor
     gradient: Tensor  # of its Schatten norm, raised by the rounding margin
     norm: float | None  # None if the numbers cannot be read now
-    constrained: tuple[Tensor, Tensor] | None = None
+    constrained: tuple[Tensor, Tensor | float] | None = None
 
 
 class Spectral(Constraint):
@@ -80,7 +81,7 @@ class Spectral(Constraint):
     def forward(self, weight: Tensor) -> Tensor:
         return self._constrain(weight, self._recall(weight))[0]
 
-    def certify(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def certify(self, weight: Tensor) -> tuple[Tensor, Tensor | float]:
         memory = self._recall(weight)
         if torch.is_grad_enabled():
             return self._constrain(weight, memory)
@@ -89,20 +90,22 @@ class Spectral(Constraint):
                 memory.constrained = self._constrain(weight, memory)
         return memory.constrained
 
-    def _constrain(self, weight: Tensor, memory: _Memory) -> tuple[Tensor, Tensor]:
-        norm = torch.dot(memory.gradient.flatten(), _as_matrix(weight).flatten())
+    def _constrain(self, weight: Tensor, memory: _Memory) -> tuple[Tensor, Tensor | float]:
         if memory.norm is None:
+            norm = torch.dot(memory.gradient.flatten(), _as_matrix(weight).flatten())
             return weight * _shrink(norm, self.lipschitz).to(weight.dtype), norm
         if memory.norm <= self.lipschitz:
-            return weight, norm
-        return weight * (self.lipschitz / norm).to(weight.dtype), norm
+            return weight, memory.norm
+        norm = torch.dot(memory.gradient.view(-1), _as_matrix(weight).reshape(-1))
+        return weight * (self.lipschitz / norm).to(weight.dtype), memory.norm
 
     def _recall(self, weight: Tensor) -> _Memory:
         weight = weight.detach()
         if weight.device.type != "cpu" or torch.compiler.is_compiling() or not is_plain(weight):
             return _Memory(weight, self._gradient(weight), norm=None)
         if self._memory is None or not _same(self._memory.weight, weight):
-            with torch.inference_mode(False):  # what is kept may serve a training step next
+            # what is kept may serve a training step next, which inference tensors cannot
+            with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
                 gradient = self._gradient(weight)
                 norm = torch.dot(gradient.flatten(), _as_matrix(weight).flatten()).item()
                 self._memory = _Memory(weight.clone(), gradient, norm)
@@ -110,7 +113,7 @@ class Spectral(Constraint):
 
     def _gradient(self, weight: Tensor) -> Tensor:
         w = _as_matrix(weight)
-        return matrix.schatten_gradient(w) * matrix.rounding_margin(w, stored=weight.dtype)
+        return matrix.schatten_gradient(w, margin=matrix.rounding_margin(w, stored=weight.dtype))
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)

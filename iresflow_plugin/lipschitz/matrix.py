@@ -73,32 +73,30 @@ def schatten_norm(weight: Tensor, looseness: float = LOOSENESS) -> Tensor:
 
 
 @torch.no_grad()
-def schatten_gradient(weight: Tensor, looseness: float = LOOSENESS) -> Tensor:
-    """The gradient D of the Schatten-p norm at W; |W|_p = <D, W> since a norm is homogeneous.
+def schatten_gradient(weight: Tensor, looseness: float = LOOSENESS, margin: float = 1.0) -> Tensor:
+    """The gradient D of the Schatten-p norm at W, times `margin`; |W|_p = <D, W> since a norm is homogeneous.
 
     With A = W^T W (or W W^T if that is smaller), q = 2^t and p = 2q + 2, tr(A A^q) = sum sigma^p and the gradient is
     |W|_p^(1-p) W A^q: one product more than the norm alone, and no graph.
     """
-    if weight.shape[0] < weight.shape[1]:
-        return schatten_gradient(weight.mT, looseness).mT
-    with full_precision(weight):
-        return _schatten_gradient(weight, looseness)
-
-
-def _schatten_gradient(weight: Tensor, looseness: float) -> Tensor:
+    wide = weight.shape[0] < weight.shape[1]
     tiny = torch.finfo(weight.dtype).tiny
-    unit = weight / torch.linalg.vector_norm(weight, math.inf).clamp_min(tiny)  # its squares cannot overflow
-    unit = unit / torch.linalg.vector_norm(unit).clamp_min(tiny)
-    power, log_scale, exponent = unit.mT @ unit, 0.0, 1  # power = exp(-log_scale) gram^exponent, and the trace is one
-    for step in range(_squarings(power.shape[0], looseness)):
-        if step and step % 3 == 0:  # the largest eigenvalue is at least trace/n: three squarings cannot underflow it
-            trace = power.diagonal().sum().clamp_min(tiny)
-            power, log_scale = power / trace, log_scale + trace.log()
-        power, log_scale, exponent = power @ power, 2 * log_scale, 2 * exponent
-    direction = unit @ power
-    moment = (direction * unit).sum().clamp_min(tiny)
-    norm = ((moment.log() + log_scale) / (2 * exponent + 2)).exp()
-    return direction * (norm / moment)
+    with full_precision(weight):
+        unit = weight / torch.linalg.vector_norm(weight, math.inf).clamp_min_(tiny)  # its squares cannot overflow
+        unit.div_(torch.linalg.vector_norm(unit).clamp_min_(tiny))
+        # power = exp(-log_scale) gram^exponent, and the trace of the Gram matrix is one
+        power, log_scale, exponent = unit @ unit.mT if wide else unit.mT @ unit, 0.0, 1
+        for step in range(_squarings(power.shape[0], looseness)):
+            if (
+                step and step % 3 == 0
+            ):  # the largest eigenvalue is at least trace/n: three squarings cannot underflow it
+                trace = power.diagonal().sum().clamp_min_(tiny)
+                power, log_scale = power.div_(trace), log_scale + trace.log()
+            power, log_scale, exponent = power @ power, 2 * log_scale, 2 * exponent
+        direction = power @ unit if wide else unit @ power
+        moment = torch.dot(direction.flatten(), unit.flatten()).clamp_min_(tiny)
+        norm = ((moment.log() + log_scale) / (2 * exponent + 2)).exp()
+        return direction.mul_(norm / moment * margin)
 
 
 def power_iteration(weight: Tensor, steps: int = 20, generator: torch.Generator | None = None) -> Tensor:

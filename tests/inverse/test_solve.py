@@ -343,6 +343,20 @@ def test_d5_rows_that_are_not_finite(solver, bad):
 
 
 @every_solver
+@pytest.mark.parametrize("dtype, huge", [(torch.float32, 1e25), (torch.float64, 1e200)], ids=str)
+def test_d5_finite_numbers_whose_squares_overflow(solver, dtype, huge):
+    """No norm can be computed, so nothing is known about the error: right or not, it must not be called converged."""
+    net = align(scaled_mlp(3, 6, gentle_sine, 0.9, dtype=dtype))
+    y = torch.ones(4, 3, dtype=dtype)
+    y[2] = huge
+    solution = replace(solver, on_failure="return").solve(contraction(net), y)
+    assert solution.converged.tolist() == [True, True, False, True]
+    assert not torch.isfinite(solution.error_bound[2])
+    with pytest.raises(NotConvergedError, match=r"rows 2"):
+        solver.solve(contraction(net), y)
+
+
+@every_solver
 def test_d5_a_branch_that_is_not_finite(solver):
     """g itself overflows or is NaN: loud as well, with the advice to look there."""
 

@@ -18,6 +18,7 @@ from iresflow_plugin.lipschitz import (
     CLipSwish,
     Frobenius,
     Spectral,
+    certify,
     constrain,
     lipschitz_bound,
     schatten_norm,
@@ -83,6 +84,20 @@ def test_the_weight_in_use_obeys_for_every_raw_weight(constraint, weight, bound,
             assert svd_norm(layer.weight) <= bound
             used, certified = constraint(bound).certify(weight)
             assert svd_norm(used) <= min(float(certified), bound)
+
+
+@every_constraint
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name)
+def test_weights_just_above_and_just_below_the_bound(constraint, dtype):
+    """Where being soft could be too soft: rank one, so that no bound has any slack to hide an error in."""
+    for excess in (-1e-3, -1e-6, 0.0, 1e-7, 1e-6, 1e-4, 1e-3, 1e-2, 0.05):
+        weight = torch.outer(torch.randn(6), torch.randn(4)).double()
+        weight = (weight / svd_norm(weight) * 0.9 * (1 + excess)).to(dtype)
+        layer = layer_with(constraint(0.9), weight)
+        for mode in (torch.enable_grad, torch.no_grad):
+            with mode():
+                assert svd_norm(layer.weight) <= 0.9
+                assert svd_norm(constraint(0.9).certify(weight)[0]) <= 0.9
 
 
 @every_constraint
@@ -287,7 +302,10 @@ def test_the_memory_notices_one_changed_entry_and_a_changed_bound():
         assert lipschitz_bound(net).value != before[1]
         layer.parametrizations.weight.original.data.mul_(100)
         assert 0.8 < svd_norm(layer.weight) <= 0.9
+        lipschitz_bound(net)
         item.lipschitz = 0.2
+        x = torch.randn(3, 4)
+        assert torch.equal(certify(net)(x), net(x))  # what blocks evaluate follows as well
         assert 0.1 < svd_norm(layer.weight) <= 0.2
         assert lipschitz_bound(net).value <= 0.2
 
