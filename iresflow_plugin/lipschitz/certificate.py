@@ -194,6 +194,8 @@ def certify(module: nn.Module, context: Tensor | None = None) -> maps.Map:
     if callable(stated):
         value = stated()
         value = value.value if isinstance(value, Bound) else float(cast(float, value))
+        if not value >= 0:
+            raise NotContractiveError(f"lipschitz_bound() must return a number that is not negative, got {value}.", module)
         return maps.Generic(module, value, context if takes_context(module) else None)
     raise NotContractiveError(
         f"no Lipschitz bound is known for {type(module).__name__}; build the branch from Sequential, Sum, Concatenate, "

@@ -466,7 +466,7 @@ def test_constrain_does_not_touch_modules_that_vouch_for_themselves():
     assert not parametrize.is_parametrized(constrain(Chain(Wave()), 0.9)[0].inner)
 
 
-@pytest.mark.parametrize("stated", [math.nan, math.inf, 1.0, 1.2])
+@pytest.mark.parametrize("stated", [math.nan, math.inf, 1.0, 1.2, -0.5])
 def test_a_stated_bound_that_is_no_contraction_is_refused(stated):
     wave = Wave()
     wave.lipschitz_bound = lambda: stated
