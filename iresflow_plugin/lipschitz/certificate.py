@@ -195,7 +195,7 @@ def certify(module: nn.Module, context: Tensor | None = None) -> maps.Map:
         value = stated()
         value = value.value if isinstance(value, Bound) else float(cast(float, value))
         if not value >= 0:
-            raise NotContractiveError(f"lipschitz_bound() must return a number that is not negative, got {value}.", module)
+            raise NotContractiveError(f"lipschitz_bound() must not be negative or NaN, got {value}.", module)
         return maps.Generic(module, value, context if takes_context(module) else None)
     raise NotContractiveError(
         f"no Lipschitz bound is known for {type(module).__name__}; build the branch from Sequential, Sum, Concatenate, "
