@@ -129,6 +129,17 @@ def bench(
 
 
 @app.command()
+def property_kit(
+    name: Annotated[list[str] | None, typer.Argument(help="Parts of subjects' names; none: all of them.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for property_kit.md.")] = Path("property-kit-results"),
+) -> None:
+    """Point the property kit at transforms of every host that is installed: which are sound, and what is not."""
+    from comparisons.property_kit import property_kit as run
+
+    raise typer.Exit(run(name or [], out, console))
+
+
+@app.command()
 def report(
     folder: Annotated[Path, typer.Argument(help="A folder that quickstart or train wrote.", exists=True)],
 ) -> None:

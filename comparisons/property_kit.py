@@ -1,0 +1,274 @@
+"""The property kit on transforms of every host: which are sound, and what the others get wrong."""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from comparisons.bench import as_text
+from comparisons.results import provenance
+from comparisons.tables import PROGRESS_COLUMNS
+from iresflow_plugin.testing import CHECKS, Outcome, Report, check_transform
+
+D, C = 4, 3
+FILE = "property_kit.md"
+OUR_NFLOWS = "adapters.nflows.ResidualTransform"
+COUPLING = "AffineCouplingTransform"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A transform to look at: its maker, and the packages that have to be there."""
+
+    name: str
+    make: Callable[..., Any]
+    package: str
+    context: bool = False
+    event: tuple[int, ...] = (D,)
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def check(self) -> Report:
+        torch.manual_seed(0)
+        context_shape = (C,) if self.context else None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return check_transform(self.make, self.event, context_shape, raise_failures=False, **self.options)
+
+
+def _nflows(name: str, *args: Any, **kwargs: Any) -> Callable[[], Any]:
+    def make() -> Any:
+        import nflows.transforms
+
+        return getattr(nflows.transforms, name)(*args, **kwargs)
+
+    return make
+
+
+def _nflows_coupling(name: str, outputs: int | None = None, **kwargs: Any) -> Callable[[], Any]:
+    def make() -> Any:
+        import nflows.transforms
+        from nflows.nn.nets import ResidualNet
+
+        def net(inputs: int, outputs: int) -> Any:
+            return ResidualNet(inputs, outputs, 16, context_features=kwargs.get("context"), activation=torch.tanh)
+
+        extra = {k: v for k, v in kwargs.items() if k != "context"}
+        return getattr(nflows.transforms, name)(torch.arange(D) % 2, net, **extra)
+
+    return make
+
+
+def _nflows_flow() -> Any:
+    from nflows.distributions import StandardNormal
+    from nflows.flows import Flow
+    from nflows.transforms import CompositeTransform, ReversePermutation
+
+    parts = [_nflows_coupling(COUPLING)(), ReversePermutation(D)]
+    return Flow(CompositeTransform([*parts, _nflows_coupling(COUPLING)()]), StandardNormal([D]))
+
+
+def _normflows(make: Callable[[Any], Any]) -> Callable[[], Any]:
+    def build() -> Any:
+        import normflows as nf
+
+        return make(nf)
+
+    return build
+
+
+def _trained_normflows_residual(**kwargs: Any) -> Any:
+    """normflows' block as its users train it: steps on a loss that stretches, update_lipschitz called after each."""
+    import normflows as nf
+
+    net = nf.nets.LipschitzMLP([D, 32, 32, D], lipschitz_const=0.97, init_zeros=False)
+    flow = nf.flows.Residual(net, **kwargs)
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
+    for _ in range(200):
+        x = torch.randn(64, D)
+        optimizer.zero_grad()
+        (net(x) + x).square().mean().backward()
+        optimizer.step()
+        nf.utils.update_lipschitz(flow, 20)
+    return flow
+
+
+def _ours(adapter: str, **kwargs: Any) -> Callable[[], Any]:
+    def make() -> Any:
+        module, name = adapter.rsplit(".", 1)
+        from iresflow_plugin.nets import LipschitzMLP
+
+        net = LipschitzMLP([D, 32, 32, D], **kwargs)
+        with torch.no_grad():
+            for p in net.parameters():
+                if p.ndim == 2:
+                    p.mul_(3)
+        return getattr(importlib.import_module(f"iresflow_plugin.{module}"), name)(net)
+
+    return make
+
+
+def _zuko(make: Callable[[Any], Any]) -> Callable[[], Any]:
+    def build() -> Any:
+        import zuko
+
+        return make(zuko)
+
+    return build
+
+
+def _pyro(name: str, **kwargs: Any) -> Callable[[], Any]:
+    def build() -> Any:
+        import pyro.distributions.transforms as transforms
+
+        return getattr(transforms, name)(D, **kwargs)
+
+    return build
+
+
+def _freia(name: str, **kwargs: Any) -> Callable[[], Any]:
+    def build() -> Any:
+        import FrEIA.modules
+
+        module = getattr(FrEIA.modules, name)([(D,)], **kwargs)
+        if hasattr(module, "lipschitz_correction"):
+            for _ in range(50):  # as its users are told to do after every step
+                module.lipschitz_correction()
+        return module
+
+    return build
+
+
+def _freia_net(inputs: int, outputs: int) -> torch.nn.Module:
+    return torch.nn.Sequential(torch.nn.Linear(inputs, 16), torch.nn.Tanh(), torch.nn.Linear(16, outputs))
+
+
+def _torchflows() -> Any:
+    from torchflows.bijections.finite.residual.iterative import InvertibleResNetBlock
+
+    block = InvertibleResNetBlock(event_shape=(D,))
+    with torch.no_grad():
+        for p in block.parameters():
+            if p.ndim == 2:
+                p.mul_(5)
+    return block
+
+
+SUBJECTS = (
+    Subject("ours: nflows ResidualTransform", _ours(OUR_NFLOWS), "nflows"),
+    Subject(
+        "ours: nflows, conditional", _ours("adapters.nflows.ResidualTransform", context_features=C), "nflows", True
+    ),
+    Subject("ours: normflows ResidualFlow", _ours("adapters.normflows.ResidualFlow"), "normflows"),
+    Subject("nflows RealNVP coupling", _nflows_coupling(COUPLING), "nflows"),
+    Subject("nflows RealNVP coupling, conditional", _nflows_coupling(COUPLING, context=C), "nflows", True),
+    Subject(
+        "nflows NSF coupling",
+        _nflows_coupling("PiecewiseRationalQuadraticCouplingTransform", tails="linear", tail_bound=5.0),
+        "nflows",
+    ),
+    Subject("nflows MAF", _nflows("MaskedAffineAutoregressiveTransform", D, 16, activation=torch.tanh), "nflows"),
+    Subject(
+        "nflows MAF, conditional",
+        _nflows("MaskedAffineAutoregressiveTransform", D, 16, context_features=C, activation=torch.tanh),
+        "nflows",
+        True,
+    ),
+    Subject("nflows LULinear", _nflows("LULinear", D), "nflows"),
+    Subject("nflows RandomPermutation", _nflows("RandomPermutation", D), "nflows"),
+    Subject("nflows ActNorm", _nflows("ActNorm", D), "nflows"),
+    Subject("nflows Flow of couplings", _nflows_flow, "nflows"),
+    Subject("normflows MAF", _normflows(lambda nf: nf.flows.MaskedAffineAutoregressive(D, 16)), "normflows"),
+    Subject(
+        "normflows RealNVP coupling",
+        _normflows(lambda nf: nf.flows.AffineCouplingBlock(nf.nets.MLP([D // 2, 16, D]))),
+        "normflows",
+    ),
+    Subject("normflows NSF", _normflows(lambda nf: nf.flows.CoupledRationalQuadraticSpline(D, 1, 16)), "normflows"),
+    Subject("normflows LULinearPermute", _normflows(lambda nf: nf.flows.LULinearPermute(D)), "normflows"),
+    Subject("normflows ActNorm", _normflows(lambda nf: nf.flows.ActNorm(D)), "normflows"),
+    Subject("normflows Residual, trained", _trained_normflows_residual, "normflows"),
+    Subject(
+        "normflows Residual, brute_force=True",
+        lambda **kw: _trained_normflows_residual(brute_force=True, **kw),
+        "normflows",
+        options={"deterministic": True},
+    ),
+    Subject("zuko MAF", _zuko(lambda zuko: zuko.flows.MAF(D, hidden_features=(16,))), "zuko"),
+    Subject("zuko MAF, conditional", _zuko(lambda zuko: zuko.flows.MAF(D, C, hidden_features=(16,))), "zuko", True),
+    Subject("zuko NSF", _zuko(lambda zuko: zuko.flows.NSF(D, hidden_features=(16,))), "zuko"),
+    Subject("Pyro IAF", _pyro("affine_autoregressive", hidden_dims=[16]), "pyro"),
+    Subject("Pyro coupling", _pyro("affine_coupling", hidden_dims=[16]), "pyro"),
+    Subject("Pyro Permute", _pyro("permute"), "pyro"),
+    Subject("FrEIA GLOWCouplingBlock", _freia("GLOWCouplingBlock", subnet_constructor=_freia_net), "FrEIA"),
+    Subject("FrEIA IResNetLayer", _freia("IResNetLayer", internal_size=16, n_internal_layers=2), "FrEIA"),
+    Subject("torchflows InvertibleResNetBlock", _torchflows, "torchflows"),
+)
+
+
+def property_kit(names: list[str], out: Path, console: Console) -> int:
+    """Check the subjects whose packages are here; print and write `property_kit.md`."""
+    subjects = [s for s in SUBJECTS if not names or any(name.lower() in s.name.lower() for name in names)]
+    here = [s for s in subjects if importlib.util.find_spec(s.package)]
+    for subject in sorted({s.package for s in subjects} - {s.package for s in here}):
+        console.print(f"[yellow]Left out:[/] {subject} is not installed.")
+    reports: dict[str, Report] = {}
+    with Progress(*PROGRESS_COLUMNS, console=console) as progress:
+        for subject in progress.track(here, description="subjects"):
+            report = reports[subject.name] = subject.check()
+            failed = ", ".join(o.check for o in report.failures) or "all passed"
+            write(out, reports)
+            progress.console.print(f"{subject.name:<40} {failed}", highlight=False, soft_wrap=True)
+    console.print(f"Written: {out / FILE}", highlight=False)
+    return 0
+
+
+def write(out: Path, reports: dict[str, Report]) -> None:
+    """What is known so far."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / FILE).write_text(markdown(reports))
+
+
+def markdown(reports: dict[str, Report]) -> str:
+    """An overview, the evidence for each failure, and the table of checks."""
+    how = "\n".join(f"- {key}: {as_text(value)}" for key, value in provenance().items())
+    parts = [
+        "# The property kit on transforms of every host",
+        how,
+        table("subject | passed | not applicable | failed", [overview(*item) for item in reports.items()]),
+        "## Evidence",
+        "\n".join(evidence(name, o) for name, r in reports.items() for o in r.failures) or "Nothing failed.",
+        "## The checks",
+        checks_table(),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def checks_table() -> str:
+    """Which check covers which of the known defects D1 to D18."""
+    return table(
+        "check | defects | property",
+        [f"`{check.name}` | {', '.join(check.defects) or '-'} | {check.sentence}" for check in CHECKS.values()],
+    )
+
+
+def overview(name: str, report: Report) -> str:
+    applied = sum(o.status != "not applicable" for o in report.outcomes)
+    failed = ", ".join(f"`{o.check}`" for o in report.failures) or "-"
+    return f"{name} | {applied - len(report.failures)} | {len(report.outcomes) - applied} | {failed}"
+
+
+def evidence(name: str, outcome: Outcome) -> str:
+    words = " ".join(str(outcome).split(": ", 1)[1].split())
+    return f"- **{name}**, `{outcome.check}`: {words if len(words) < 400 else words[:400] + ' ...'}"
+
+
+def table(head: str, rows: list[str]) -> str:
+    return "\n".join(f"| {row} |" for row in (head, " | ".join(["---"] * (head.count("|") + 1)), *rows))
