@@ -236,6 +236,14 @@ def write(out: Path, reports: dict[str, Report]) -> None:
     (out / FILE).write_text(markdown(reports))
 
 
+EXPLAINED = """\
+What fails on transforms that are mathematically sound is a limit of their code, each reproduced by the evidence below: spline and
+coupling code that reshapes with -1 cannot take an empty batch; nflows' LULinear and zuko's transforms return a tensor that they saved
+for backward, so that a caller who changes it in place breaks the gradient; normflows' ActNorm returns one log-det for the whole batch;
+Pyro's inverse autoregressive pass makes float32 zeros whatever the input's dtype, so every check that runs in float64 fails; FrEIA's
+coupling block holds a lambda, which cannot be pickled."""
+
+
 def markdown(reports: dict[str, Report]) -> str:
     """An overview, the evidence for each failure, and the table of checks."""
     how = "\n".join(f"- {key}: {as_text(value)}" for key, value in provenance().items())
@@ -243,6 +251,7 @@ def markdown(reports: dict[str, Report]) -> str:
         "# The property kit on transforms of every host",
         how,
         table("subject | passed | not applicable | failed", [overview(*item) for item in reports.items()]),
+        EXPLAINED,
         "## Evidence",
         "\n".join(evidence(name, o) for name, r in reports.items() for o in r.failures) or "Nothing failed.",
         "## The checks",

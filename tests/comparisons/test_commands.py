@@ -131,3 +131,15 @@ def test_bench_quick(tmp_path: Path) -> None:
     assert {row["method"] for row in content["throughput"]} >= {"ours", "nflows-realnvp", "normflows-glow"}
     assert all(row["ours"] > 0 and row["theirs"] > 0 for row in content["side_by_side"])
     assert "| quantity" in (tmp_path / "bench.md").read_text()
+
+
+def test_property_kit_names_what_is_sound_and_what_is_not(tmp_path):
+    from rich.console import Console
+
+    from comparisons.property_kit import FILE, property_kit
+
+    assert property_kit(["nflows RandomPermutation", "normflows ActNorm"], tmp_path, Console(quiet=True)) == 0
+    written = (tmp_path / FILE).read_text()
+    row = next(line for line in written.splitlines() if line.startswith("| nflows RandomPermutation"))
+    assert row.endswith("| - |")
+    assert "**normflows ActNorm**, `log_det_has_a_number_per_sample`" in written
