@@ -237,11 +237,12 @@ def write(out: Path, reports: dict[str, Report]) -> None:
 
 
 EXPLAINED = """\
-What fails on transforms that are mathematically sound is a limit of their code, each reproduced by the evidence below: spline and
-coupling code that reshapes with -1 cannot take an empty batch; nflows' LULinear and zuko's transforms return a tensor that they saved
-for backward, so that a caller who changes it in place breaks the gradient; normflows' ActNorm returns one log-det for the whole batch;
-Pyro's inverse autoregressive pass makes float32 zeros whatever the input's dtype, so every check that runs in float64 fails; FrEIA's
-coupling block holds a lambda, which cannot be pickled."""
+What fails on transforms that are mathematically sound is a limit of their code, each reproduced by the evidence
+below: spline and coupling code that reshapes with -1 cannot take an empty batch; nflows' LULinear and zuko's
+transforms return a tensor that they saved for backward, so that a caller who changes it in place breaks the gradient;
+normflows' ActNorm returns one log-det for the whole batch; Pyro's inverse autoregressive pass makes float32 zeros
+whatever the input's dtype, so every check that runs in float64 fails; FrEIA's coupling block holds a lambda, which
+cannot be pickled."""
 
 
 def markdown(reports: dict[str, Report]) -> str:
