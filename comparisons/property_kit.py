@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import warnings
 from collections.abc import Callable
@@ -117,27 +118,21 @@ def _ours(adapter: str, **kwargs: Any) -> Callable[[], Any]:
 
 def _zuko(make: Callable[[Any], Any]) -> Callable[[], Any]:
     def build() -> Any:
-        import zuko
-
-        return make(zuko)
+        return make(importlib.import_module("zuko"))
 
     return build
 
 
 def _pyro(name: str, **kwargs: Any) -> Callable[[], Any]:
     def build() -> Any:
-        import pyro.distributions.transforms as transforms
-
-        return getattr(transforms, name)(D, **kwargs)
+        return getattr(importlib.import_module("pyro.distributions.transforms"), name)(D, **kwargs)
 
     return build
 
 
 def _freia(name: str, **kwargs: Any) -> Callable[[], Any]:
     def build() -> Any:
-        import FrEIA.modules
-
-        module = getattr(FrEIA.modules, name)([(D,)], **kwargs)
+        module = getattr(importlib.import_module("FrEIA.modules"), name)([(D,)], **kwargs)
         if hasattr(module, "lipschitz_correction"):
             for _ in range(50):  # as its users are told to do after every step
                 module.lipschitz_correction()
@@ -151,9 +146,8 @@ def _freia_net(inputs: int, outputs: int) -> torch.nn.Module:
 
 
 def _torchflows() -> Any:
-    from torchflows.bijections.finite.residual.iterative import InvertibleResNetBlock
-
-    block = InvertibleResNetBlock(event_shape=(D,))
+    residual = importlib.import_module("torchflows.bijections.finite.residual.iterative")
+    block = residual.InvertibleResNetBlock(event_shape=(D,))
     with torch.no_grad():
         for p in block.parameters():
             if p.ndim == 2:
