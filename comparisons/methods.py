@@ -52,11 +52,11 @@ class Density(nn.Module):
         self.flow = flow
         self.swap = swap  # the report of what was swapped for residual blocks; empty for an original
 
-    def forward(self, x: Tensor) -> Tensor:
-        return -self.log_prob(x).mean()
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        return -self.log_prob(x, context).mean()
 
-    def log_prob(self, x: Tensor) -> Tensor:
-        return self.flow.log_prob(x)
+    def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        return self.flow.log_prob(x) if context is None else self.flow.log_prob(x, context)
 
     def sample(self, n: int) -> Tensor:
         raise NotImplementedError
