@@ -71,6 +71,10 @@ class ResidualBlock(nn.Module):
         x = differentiable_solution(self.solver, g, y)
         return x.clone(), -self.estimator(g, x).log_det  # a clone: the caller may change it in place
 
+    def preimage(self, y: Tensor, context: Tensor | None = None) -> Tensor:
+        """x with x + g(x) = y, differentiable as in `inverse`, without the log-det that mere samples do not need."""
+        return differentiable_solution(self.solver, self._ready(y, context), y).clone()
+
     def estimate(self, x: Tensor, context: Tensor | None = None) -> Estimate:
         """g(x) and the log-det at x with its standard error, remainder bound and number of terms."""
         return self.estimator(self._ready(x, context), x)

@@ -13,7 +13,7 @@ or give the module a method `lipschitz_bound() -> float`, to be trusted, and let
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import singledispatch
 from typing import Any, cast
@@ -79,10 +79,19 @@ def lipschitz_estimate(module: nn.Module, x: Tensor, context: Tensor | None = No
 def certified_map(module: nn.Module, context: Tensor | None = None) -> maps.Map:
     """`certify`, with errors that name the offending module by its path in `module`."""
     try:
-        return certify(module, context)
+        return rule_of(module)(module, context)
     except NotContractiveError as error:
         where = "" if error.module is None else f"{type(error.module).__name__} at '{path_of(error.module, module)}': "
         raise NotContractiveError(f"{where}{error}", error.module) from None
+
+
+def rule_of(module: nn.Module) -> Callable[..., maps.Map]:
+    """The rule of `certify` for this module.
+
+    Looked up in the registry: singledispatch itself keeps a cache by class, and every constrained layer has a class of
+    its own, so that the cache changes under the eyes of torch.compile, which guards on it.
+    """
+    return next(certify.registry[kind] for kind in type(module).__mro__ if kind in certify.registry)
 
 
 def contraction(branch: nn.Module, context: Tensor | None = None) -> maps.Map:
@@ -208,19 +217,19 @@ def certify(module: nn.Module, context: Tensor | None = None) -> maps.Map:
 @certify.register
 def _(module: nn.Sequential, context: Tensor | None = None) -> maps.Map:
     _check_unchanged(module, nn.Sequential, Chain)
-    return maps.Composition([certify(part, context) for part in module])
+    return maps.Composition([rule_of(part)(part, context) for part in module])
 
 
 @certify.register
 def _(module: Sum, context: Tensor | None = None) -> maps.Map:
     _check_unchanged(module, Sum)
-    return maps.Sum([certify(part, context) for part in module])
+    return maps.Sum([rule_of(part)(part, context) for part in module])
 
 
 @certify.register
 def _(module: Concatenate, context: Tensor | None = None) -> maps.Map:
     _check_unchanged(module, Concatenate)
-    return maps.Concatenation([certify(part, context) for part in module], module.dim)
+    return maps.Concatenation([rule_of(part)(part, context) for part in module], module.dim)
 
 
 @certify.register

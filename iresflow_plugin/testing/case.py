@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import copyreg
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributions.transforms import _InverseTransform
 
 from iresflow_plugin.testing.doors import Door, door_of, explicit_pass, modules_of
 
@@ -93,7 +95,7 @@ class Case:
             self.subject = self.subject()
         self.door = door_of(self.subject)
         self.explicit = explicit_pass(self.subject)
-        self.base = copy.deepcopy(self.subject)
+        self.base = duplicate(self.subject)
         self._initialise()
         if self.contraction is None:
             self.contraction = any(_full_name(m) in RESIDUAL for top in modules_of(self.base) for m in top.modules())
@@ -104,7 +106,7 @@ class Case:
         return int(torch.Size(self.event_shape).numel())
 
     def live(self, dtype: torch.dtype = torch.float64, train: bool = False) -> Live:
-        return Live(copy.deepcopy(self.base), self.door, dtype, train)
+        return Live(duplicate(self.base), self.door, dtype, train)
 
     def x(self, n: int | None = None, dtype: torch.dtype = torch.float64) -> Tensor:
         n = self.batch if n is None else n
@@ -183,6 +185,18 @@ class Case:
             except Exception:
                 continue
         return False
+
+
+def duplicate(subject: Any) -> Any:
+    """A deep copy, also of torch's inverses, whose own way of being copied forgets what they are the inverse of."""
+    usual = copyreg.dispatch_table.pop(_InverseTransform, None)
+    copyreg.dispatch_table[_InverseTransform] = lambda inverse: (object.__new__, (type(inverse),), dict(vars(inverse)))
+    try:
+        return copy.deepcopy(subject)
+    finally:
+        del copyreg.dispatch_table[_InverseTransform]
+        if usual is not None:
+            copyreg.dispatch_table[_InverseTransform] = usual
 
 
 RESIDUAL = (  # classes that claim to be contractions around the identity

@@ -6,13 +6,14 @@ No host is imported: whoever has such an object has the host. Through its door e
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Transform, TransformedDistribution
+from torch.distributions.transforms import _InverseTransform
 
 Pass = Callable[[Any, Tensor, "Tensor | None"], tuple[Tensor, Tensor]]
 
@@ -65,10 +66,21 @@ def explicit_pass(obj: Any) -> str:
 
 
 def modules_of(obj: Any) -> list[nn.Module]:
-    """The modules in the object: itself, or the parts of a pair that are modules or methods of one."""
-    parts = obj if isinstance(obj, tuple) else (obj,)
-    found = [part if isinstance(part, nn.Module) else getattr(part, "__self__", None) for part in parts]
-    return list({id(part): part for part in found if isinstance(part, nn.Module)}.values())
+    """The modules in the object: itself, or those among its parts, such as the block in a torch transform."""
+    return list({id(module): module for module in _modules_in(obj)}.values())
+
+
+def _modules_in(part: Any) -> Iterator[nn.Module]:
+    if isinstance(part, nn.Module):
+        yield part
+    elif isinstance(part, (tuple, list)):
+        for item in part:
+            yield from _modules_in(item)
+    elif isinstance(part, (Transform, TransformedDistribution)):
+        inner = part.inv if isinstance(part, _InverseTransform) else part
+        yield from _modules_in([value for name, value in vars(inner).items() if name != "_inv"])
+    elif isinstance(getattr(part, "__self__", None), nn.Module):  # a method of a module
+        yield part.__self__
 
 
 # calls -----------------------------------------------------------------------------------------------
