@@ -17,11 +17,11 @@ from rich.progress import Progress
 from comparisons.bench import as_text
 from comparisons.results import provenance
 from comparisons.tables import PROGRESS_COLUMNS
-from iresflow_plugin.testing import CHECKS, Outcome, Report, check_transform
+from iresflow_plugin.nets import LipschitzMLP
+from iresflow_plugin.testing import CHECKS, Outcome, Report, check_transform, scale_weights
 
 D, C = 4, 3
 FILE = "property_kit.md"
-OUR_NFLOWS = "adapters.nflows.ResidualTransform"
 COUPLING = "AffineCouplingTransform"
 
 
@@ -53,7 +53,7 @@ def _nflows(name: str, *args: Any, **kwargs: Any) -> Callable[[], Any]:
     return make
 
 
-def _nflows_coupling(name: str, outputs: int | None = None, **kwargs: Any) -> Callable[[], Any]:
+def _nflows_coupling(name: str, **kwargs: Any) -> Callable[[], Any]:
     def make() -> Any:
         import nflows.transforms
         from nflows.nn.nets import ResidualNet
@@ -101,17 +101,15 @@ def _trained_normflows_residual(**kwargs: Any) -> Any:
     return flow
 
 
-def _ours(adapter: str, **kwargs: Any) -> Callable[[], Any]:
-    def make() -> Any:
-        module, name = adapter.rsplit(".", 1)
-        from iresflow_plugin.nets import LipschitzMLP
+def _ours(host: str, name: str, context: int | None = None) -> Callable[[], Any]:
+    """Our adapter for a host, around a branch whose constraint binds."""
 
-        net = LipschitzMLP([D, 32, 32, D], **kwargs)
-        with torch.no_grad():
-            for p in net.parameters():
-                if p.ndim == 2:
-                    p.mul_(3)
-        return getattr(importlib.import_module(f"iresflow_plugin.{module}"), name)(net)
+    def make() -> Any:
+        adapter = getattr(importlib.import_module(f"iresflow_plugin.adapters.{host}"), name)
+        branch = scale_weights(LipschitzMLP([D, 32, 32, D], context), 3.0)
+        if host == "freia":
+            return adapter([(D,)], None if context is None else [(context,)], branch_or_block=branch)
+        return adapter(branch)
 
     return make
 
@@ -147,20 +145,21 @@ def _freia_net(inputs: int, outputs: int) -> torch.nn.Module:
 
 def _torchflows() -> Any:
     residual = importlib.import_module("torchflows.bijections.finite.residual.iterative")
-    block = residual.InvertibleResNetBlock(event_shape=(D,))
-    with torch.no_grad():
-        for p in block.parameters():
-            if p.ndim == 2:
-                p.mul_(5)
-    return block
+    return scale_weights(residual.InvertibleResNetBlock(event_shape=(D,)))
 
 
 SUBJECTS = (
-    Subject("ours: nflows ResidualTransform", _ours(OUR_NFLOWS), "nflows"),
-    Subject(
-        "ours: nflows, conditional", _ours("adapters.nflows.ResidualTransform", context_features=C), "nflows", True
-    ),
-    Subject("ours: normflows ResidualFlow", _ours("adapters.normflows.ResidualFlow"), "normflows"),
+    Subject("ours: nflows", _ours("nflows", "ResidualTransform"), "nflows"),
+    Subject("ours: nflows, conditional", _ours("nflows", "ResidualTransform", C), "nflows", True),
+    Subject("ours: normflows", _ours("normflows", "ResidualFlow"), "normflows"),
+    Subject("ours: normflows, conditional", _ours("normflows", "ResidualFlow", C), "normflows", True),
+    Subject("ours: torch.distributions", _ours("distributions", "ResidualTransform"), "torch"),
+    Subject("ours: Pyro", _ours("pyro", "ResidualTransform"), "pyro"),
+    Subject("ours: Pyro, conditional", _ours("pyro", "ConditionalResidualTransform", C), "pyro", True),
+    Subject("ours: zuko", _ours("zuko", "ResidualTransform"), "zuko"),
+    Subject("ours: zuko, conditional", _ours("zuko", "ResidualTransform", C), "zuko", True),
+    Subject("ours: FrEIA", _ours("freia", "ResidualModule"), "FrEIA"),
+    Subject("ours: FrEIA, conditional", _ours("freia", "ResidualModule", C), "FrEIA", True),
     Subject("nflows RealNVP coupling", _nflows_coupling(COUPLING), "nflows"),
     Subject("nflows RealNVP coupling, conditional", _nflows_coupling(COUPLING, context=C), "nflows", True),
     Subject(

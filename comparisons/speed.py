@@ -28,6 +28,7 @@ from iresflow_plugin.adapters.normflows import ResidualFlow
 from iresflow_plugin.lipschitz import Constraint
 from iresflow_plugin.log_det import Omitted
 from iresflow_plugin.nets import LipschitzMLP
+from iresflow_plugin.testing import scale_weights
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or torch's profiler announces every start and stop
 
@@ -108,8 +109,7 @@ def our_flow(features: int, width: int) -> Density:
         ResidualFlow(LipschitzMLP([features, width, width, features], lipschitz=LIPSCHITZ)) for _ in range(BLOCKS)
     ]
     density = NormflowsDensity(normflows_flow(features, blocks))
-    scale_weights(density)
-    return density
+    return scale_weights(density, SCALE)
 
 
 def their_flow(features: int, width: int) -> Density:
@@ -119,18 +119,12 @@ def their_flow(features: int, width: int) -> Density:
         for _ in range(BLOCKS)
     ]
     density = NormflowsDensity(normflows_flow(features, [normflows.flows.Residual(net) for net in nets]))
-    scale_weights(density)
+    scale_weights(density, SCALE)
     normflows.utils.update_lipschitz(density, 50)
     return density
 
 
 @torch.no_grad()
-def scale_weights(module: nn.Module) -> None:
-    for parameter in module.parameters():
-        if parameter.ndim == 2:
-            parameter.mul_(SCALE)
-
-
 def side_by_side(features: int, settings: Settings) -> list[Versus]:
     """All quantities of both sides for events of one size."""
     data = torch.randn(settings.batch, features, device=settings.device)

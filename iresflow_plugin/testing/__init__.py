@@ -7,6 +7,7 @@ from iresflow_plugin.testing.case import Case, Measurement
 from iresflow_plugin.testing.checks import CHECKS, Check
 from iresflow_plugin.testing.kit import check_transform, parametrize_with_checks
 from iresflow_plugin.testing.report import Outcome, Report
+from iresflow_plugin.testing.weights import scale_weights
 
 __all__ = [
     "CHECKS",
@@ -17,4 +18,5 @@ __all__ = [
     "Report",
     "check_transform",
     "parametrize_with_checks",
+    "scale_weights",
 ]

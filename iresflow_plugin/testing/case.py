@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import copyreg
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -152,8 +153,7 @@ class Case:
         """The true log-det of a pass at x, from the dense Jacobian of the explicit pass."""
         if direction == self.explicit:
             return torch.linalg.slogdet(self.jacobian(live, x, context))[1]
-        with torch.no_grad():
-            image = live.call(direction, x, context)[0]
+        image = live.call(direction, x, context)[0].detach()
         return -torch.linalg.slogdet(self.jacobian(live, image, context))[1]
 
     # ----------------------------------------------------------------------------------------------
@@ -178,8 +178,7 @@ class Case:
         for train in (False, True):
             try:
                 live, x, context = self.live(train=train), self.point(self.explicit), self.context()
-                with torch.no_grad():
-                    first, second = (live.call(self.explicit, x, context)[1] for _ in range(2))
+                first, second = (live.call(self.explicit, x, context)[1].detach() for _ in range(2))
                 if not torch.allclose(first, second, rtol=1e-9, atol=1e-9, equal_nan=True):
                     return True
             except Exception:
@@ -188,15 +187,26 @@ class Case:
 
 
 def duplicate(subject: Any) -> Any:
-    """A deep copy, also of torch's inverses, whose own way of being copied forgets what they are the inverse of."""
-    usual = copyreg.dispatch_table.pop(_InverseTransform, None)
-    copyreg.dispatch_table[_InverseTransform] = lambda inverse: (object.__new__, (type(inverse),), dict(vars(inverse)))
-    try:
+    """A deep copy, also of torch's inverses."""
+    with copied_inverses():
         return copy.deepcopy(subject)
+
+
+@contextmanager
+def copied_inverses() -> Iterator[None]:
+    """Copies and pickles torch's inverses whole: their own way forgets what they are the inverse of."""
+    usual = copyreg.dispatch_table.pop(_InverseTransform, None)
+    copyreg.dispatch_table[_InverseTransform] = lambda inverse: (_empty, (type(inverse),), dict(vars(inverse)))
+    try:
+        yield
     finally:
         del copyreg.dispatch_table[_InverseTransform]
         if usual is not None:
             copyreg.dispatch_table[_InverseTransform] = usual
+
+
+def _empty(kind: type) -> Any:
+    return object.__new__(kind)
 
 
 RESIDUAL = (  # classes that claim to be contractions around the identity

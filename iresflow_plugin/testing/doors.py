@@ -40,7 +40,7 @@ class Door:
     to_noise: str = "forward"
 
     def fits(self, obj: Any) -> bool:
-        return any(f"{kind.__module__}.{kind.__qualname__}" in self.classes for kind in type(obj).__mro__)
+        return _is_one_of(obj, self.classes)
 
 
 def door_of(obj: Any) -> Door:
@@ -62,7 +62,8 @@ def door_of(obj: Any) -> Door:
 
 def explicit_pass(obj: Any) -> str:
     """The pass that is computed and not solved for: autograd's Jacobian of it is the reference."""
-    return "inverse" if _is_normflows(obj) and getattr(obj, "reverse", None) is True else "forward"
+    turned = _is_normflows(obj) and getattr(obj, "reverse", None) is True
+    return "inverse" if turned or _is_one_of(obj, INVERSES) else "forward"
 
 
 def modules_of(obj: Any) -> list[nn.Module]:
@@ -175,6 +176,10 @@ def _torchflows(method: str) -> Pass:
     return lambda obj, x, context: getattr(obj, method)(x) if context is None else getattr(obj, method)(x, context)
 
 
+def _is_one_of(obj: Any, classes: tuple[str, ...]) -> bool:
+    return any(f"{kind.__module__}.{kind.__qualname__}" in classes for kind in type(obj).__mro__)
+
+
 def _is_of(obj: Any, package: str) -> bool:
     return any(kind.__module__.startswith(package) for kind in type(obj).__mro__)
 
@@ -187,6 +192,13 @@ def _is_normflows(obj: Any) -> bool:
 
 MODULE = Door("an object with forward and inverse", (), _module_forward, _module_inverse)
 PAIR = Door("a pair (forward, inverse) of functions", (), _pair(0), _pair(1))
+INVERSES = (  # they call the other pass of what they hold
+    "torch.distributions.transforms._InverseTransform",
+    "nflows.transforms.base.InverseTransform",
+    "normflows.flows.reshape.Reverse",
+    "zuko.lazy.LazyInverse",
+    "pyro.distributions.conditional._ConditionalInverseTransformModule",
+)
 DOORS = (
     Door(
         "nflows Flow",

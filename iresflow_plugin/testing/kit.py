@@ -69,7 +69,7 @@ def parametrize_with_checks(
 
     Args:
         factories: by name, a function that makes the transform, or a pair of it and options of `check_transform`
-            that are its own.
+            that are its own, among them `skip`, names of checks to leave out.
         expected_failures: by name of the transform, the checks that fail and why; they are strict xfails.
         event_shape, context_shape, options: as for `check_transform`, for all that do not have their own.
 
@@ -89,8 +89,8 @@ def parametrize_with_checks(
     for name, entry in factories.items():
         factory, own = entry if isinstance(entry, tuple) else (entry, {})
         settings = {"event_shape": event_shape, "context_shape": context_shape, **options, **own}
-        failures = expected_failures.get(name, {})
-        for check in CHECKS.values():
+        failures, skipped = expected_failures.get(name, {}), settings.pop("skip", ())
+        for check in [check for check in CHECKS.values() if check.name not in skipped]:
             reason = failures.get(check.name, "") if isinstance(failures, Mapping) else ""
             marks = [pytest.mark.xfail(strict=True, reason=reason)] if check.name in failures else []
             items.append(pytest.param(_Item(check, factory, settings), marks=marks, id=f"{name}-{check.name}"))

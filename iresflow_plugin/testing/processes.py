@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from iresflow_plugin.testing.case import Live
-from iresflow_plugin.testing.checks.flows import gradient_of
+from iresflow_plugin.testing.checks.flows import flat_gradient, mean_loss
 from iresflow_plugin.testing.doors import door_of
 
 
@@ -24,8 +24,7 @@ class _Loss(nn.Module):
         self.live, self.parts = live, nn.ModuleList(live.modules)
 
     def forward(self, x: Tensor, context: Tensor | None, with_log_det: bool) -> Tensor:
-        noise, log_det = self.live.call(self.live.door.to_noise, x, context)
-        return (noise.flatten(1).square().sum(1) / 2 - (log_det if with_log_det else 0 * log_det)).mean()
+        return mean_loss(self.live, x, context, with_log_det)
 
 
 def main(folder: str, rank: int) -> None:
@@ -33,7 +32,7 @@ def main(folder: str, rank: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=(Path(folder) / "store").as_uri(), rank=rank, world_size=2)
     job: Any = torch.load(Path(folder) / "job.pt", weights_only=False)
-    obj, _, x, context, with_log_det = job
+    obj, x, context, with_log_det = job
     live = Live(obj, door_of(obj), torch.float64, train=True)
     model = nn.parallel.DistributedDataParallel(_Loss(live))
     half = slice(rank * len(x) // 2, (rank + 1) * len(x) // 2)
@@ -41,13 +40,10 @@ def main(folder: str, rank: int) -> None:
         model.zero_grad()
         model(x[half], None if context is None else context[half], with_log_det).backward()
     if rank == 0:
-        gradient = [(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in live.parameters()]
-        torch.save(torch.cat(gradient), Path(folder) / "gradient.pt")
+        torch.save(flat_gradient(live), Path(folder) / "gradient.pt")
     dist.barrier()
     os._exit(0)  # gloo's threads may abort an orderly end, which would look like a failure
 
-
-__all__ = ["gradient_of", "main"]
 
 if __name__ == "__main__":
     main(sys.argv[1], int(sys.argv[2]))

@@ -17,6 +17,7 @@ from torch import Tensor
 from iresflow_plugin.block import ResidualBlock
 from iresflow_plugin.lipschitz import ACTIVATIONS
 from iresflow_plugin.nets import LipschitzMLP
+from iresflow_plugin.testing.weights import scale_weights
 
 __all__ = ["blocks", "branches", "contexts", "events", "register_profiles"]
 
@@ -92,11 +93,7 @@ def _branch(sizes, context_features, kind, lipschitz, factor, seed, dtype) -> Li
         net = LipschitzMLP(
             sizes, context_features, lipschitz=lipschitz, **({} if kind is None else {"activation": kind})
         )
-    with torch.no_grad():
-        for p in net.parameters():
-            if p.ndim == 2:
-                p.mul_(factor)
-    return net.to(dtype)
+    return scale_weights(net, factor).to(dtype)
 
 
 def _normal(seed: int, shape: tuple[int, ...], dtype: torch.dtype, scales: list[float]) -> Tensor:

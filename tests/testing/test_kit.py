@@ -21,17 +21,12 @@ from iresflow_plugin.adapters.nflows import ResidualTransform
 from iresflow_plugin.adapters.normflows import ResidualFlow
 from iresflow_plugin.log_det import RussianRoulette
 from iresflow_plugin.nets import LipschitzMLP
-from iresflow_plugin.testing import CHECKS, check_transform, parametrize_with_checks
+from iresflow_plugin.testing import CHECKS, check_transform, parametrize_with_checks, scale_weights
 from iresflow_plugin.testing.strategies import blocks, contexts, events
 
 
 def scaled(wrap, context_features=None, size=4, **options):
-    net = LipschitzMLP([size, 16, 16, size], context_features)
-    with torch.no_grad():
-        for p in net.parameters():
-            if p.ndim == 2:
-                p.mul_(3)
-    return wrap(net, **options)
+    return wrap(scale_weights(LipschitzMLP([size, 16, 16, size], context_features), 3), **options)
 
 
 OURS = {

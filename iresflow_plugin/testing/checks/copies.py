@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from iresflow_plugin.testing.case import Case, Live, Measurement, NotApplicableError
+from iresflow_plugin.testing.case import Case, Live, Measurement, NotApplicableError, duplicate
 from iresflow_plugin.testing.checks.measure import close
 from iresflow_plugin.testing.checks.registry import check
 
@@ -37,7 +37,7 @@ def state_dict_loads_into_a_fresh_model(case: Case) -> Iterator[Measurement]:
     with torch.no_grad():
         trained.call(case.explicit, case.point(case.explicit), case.context())  # what the first batch would shape
     trained.disturb()
-    wanted = _outputs(case, copy.deepcopy(trained.obj))
+    wanted = _outputs(case, duplicate(trained.obj))
     if case.factory is not None:
         fresh = Live(case.factory(), case.door, torch.float64, train=False)
     else:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from iresflow_plugin.testing.case import Case, Live, Measurement, NotApplicableError
+from iresflow_plugin.testing.case import Case, Live, Measurement, NotApplicableError, copied_inverses
 from iresflow_plugin.testing.checks.measure import close
 from iresflow_plugin.testing.checks.registry import check
 
@@ -148,7 +148,8 @@ def two_processes_give_the_gradient_of_one(case: Case) -> Iterator[Measurement]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "job.pt"
         try:
-            torch.save((live.obj, live.door.name, x, context, not case.varies), file)
+            with copied_inverses():
+                torch.save((live.obj, x, context, not case.varies), file)
         except Exception as error:
             raise NotApplicableError(f"the subject cannot be pickled for another process: {error}") from error
         command = [sys.executable, "-m", "iresflow_plugin.testing.processes", folder]
@@ -163,13 +164,16 @@ def two_processes_give_the_gradient_of_one(case: Case) -> Iterator[Measurement]:
                 raise NotApplicableError(f"another process cannot import the subject: {last}")
             raise RuntimeError(f"a process ended with: {last}")
         found = torch.load(Path(folder) / "gradient.pt")
-    wanted = gradient_of(live, x, context, not case.varies)
-    yield close(found, wanted, 1e-7, "Two gloo processes give the gradient of one process.")
+    mean_loss(live, x, context, not case.varies).backward()
+    yield close(found, flat_gradient(live), 1e-7, "Two gloo processes give the gradient of one process.")
 
 
-def gradient_of(live: Live, x: Tensor, context: Tensor | None, with_log_det: bool) -> Tensor:
-    """All gradients of the mean loss in one vector; a random log-det counts for nothing, but is in the graph."""
+def mean_loss(live: Live, x: Tensor, context: Tensor | None, with_log_det: bool) -> Tensor:
+    """The mean loss; a random log-det counts for nothing, but is in the graph."""
     noise, log_det = live.call(live.door.to_noise, x, context)
-    loss = (noise.flatten(1).square().sum(1) / 2 - (log_det if with_log_det else 0 * log_det)).mean()
-    loss.backward()
+    return (noise.flatten(1).square().sum(1) / 2 - (log_det if with_log_det else 0 * log_det)).mean()
+
+
+def flat_gradient(live: Live) -> Tensor:
+    """The gradients of all parameters in one vector."""
     return torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in live.parameters()])
