@@ -3,8 +3,8 @@
     visits = visit_blocks(flow, x)            every residual block, with the inputs it meets when the flow sees x
     lipschitz_rows(visits)                    certified bound beside the measured norm of the Jacobian
     inverse_rows(visits)                      evaluations and errors of each block's own solver
-    log_det_work(visits, LOG_DETS)            error against cost for every estimator
-    inverse_work(visits, SOLVERS, ...)        error against cost for every solver
+    log_det_work(visits)                      error against cost for every estimator
+    inverse_work(visits)                      error against cost for every solver
     round_trip(density, x)                    what data -> noise -> data loses, for any flow
     training_memory(density, method, x)       peak memory of one training step, for any flow
 
@@ -37,14 +37,7 @@ DENSE_UP_TO = 64  # dimensions: beyond this the Jacobian's norm comes from power
 POWER_STEPS = 100
 TOLERANCES = tuple(10.0**-k for k in range(1, 11))
 
-LOG_DETS: dict[str, list[LogDet]] = {
-    "exact": [Exact()],
-    "power series, 1 probe": [PowerSeries(terms=n) for n in (1, 2, 4, 8, 16, 32)],
-    "power series, 4 probes": [PowerSeries(terms=n, probes=4) for n in (1, 2, 4, 8, 16, 32)],
-    "power series by tolerance": [PowerSeries(tolerance=10.0**-k) for k in range(1, 6)],
-    "Russian roulette, 1 probe": [RussianRoulette(exact_terms=n) for n in (1, 2, 4, 8, 16)],
-    "Russian roulette, 4 probes": [RussianRoulette(exact_terms=n, probes=4) for n in (1, 2, 4, 8, 16)],
-}
+TERMS = (1, 2, 4, 8, 16, 32)
 SOLVERS: dict[str, Solver] = {"fixed point": FixedPoint(), "Anderson": Anderson(), "Newton": Newton()}
 
 
@@ -103,7 +96,6 @@ class LipschitzRow:
     median: float
 
 
-@torch.no_grad()
 def lipschitz_rows(visits: Sequence[Visit]) -> list[LipschitzRow]:
     """The slack between bound and measured norm is room that the block cannot use."""
     rows = []
@@ -113,6 +105,7 @@ def lipschitz_rows(visits: Sequence[Visit]) -> list[LipschitzRow]:
     return rows
 
 
+@torch.no_grad()
 def jacobian_norms(g: Map, x: Tensor, dense_up_to: int = DENSE_UP_TO, steps: int = POWER_STEPS) -> Tensor:
     """|dg/dx|_2 per sample, shape (B,): by singular values up to `dense_up_to` dimensions, by power iteration beyond.
 
@@ -135,8 +128,8 @@ def unit(v: Tensor) -> Tensor:
 # counting --------------------------------------------------------------------------------------------
 
 
-class Counted(Map):
-    """g, counting evaluations and Jacobian products per point: `evaluations`, summed over all its rows' batches."""
+class _Counted(Map):
+    """g with a count of its evaluations and Jacobian products; for log-dets, which treat all points alike."""
 
     def __init__(self, g: Map) -> None:
         self.g, self.ceiling = g, g.ceiling
@@ -163,6 +156,9 @@ class Counted(Map):
             return at_x.vjp(cotangent)
 
         return Linearised(at_x.value, jvp, vjp)
+
+    def rows(self, index: Tensor) -> Map:
+        raise NotImplementedError("Points that part ways need a count each: take that of a solver's Solution.")
 
     @staticmethod
     def _vectors(vector: Tensor, x: Tensor) -> int:
@@ -191,12 +187,31 @@ class LogDetWork:
     seconds: float  # per point, within a batch
 
 
+def log_dets(features: int) -> dict[str, list[LogDet]]:
+    """The estimators to compare, each in several settings. All D orthogonal probes leave no scatter, only bias."""
+    families: dict[str, list[LogDet]] = {
+        "exact": [Exact()],
+        "series, 1 probe": [PowerSeries(terms=n) for n in TERMS],
+        "series, 4 probes": [PowerSeries(terms=n, probes=4) for n in TERMS],
+        "roulette, 1 probe": [RussianRoulette(exact_terms=n) for n in TERMS[:5]],
+        "roulette, 4 probes": [RussianRoulette(exact_terms=n, probes=4) for n in TERMS[:5]],
+    }
+    if features <= DENSE_UP_TO:
+        families[f"series, all {features} probes"] = [PowerSeries(terms=n, probes=Orthogonal(features)) for n in TERMS]
+    return families
+
+
 @torch.no_grad()
 def log_det_work(
-    visits: Sequence[Visit], families: Mapping[str, Sequence[LogDet]] = LOG_DETS, repeats: int = 30, seed: int = 0
+    visits: Sequence[Visit],
+    families: Mapping[str, Sequence[LogDet]] | None = None,
+    repeats: int = 30,
+    seed: int = 0,
 ) -> list[LogDetWork]:
-    """Error and cost of every estimator, judged by `Exact` in double precision at the same points."""
-    _at_least_two(repeats)
+    """Error and cost of every estimator (None: those of `log_dets`), judged at the same points by the exact log-det."""
+    if repeats < 2:
+        raise ValueError(f"The scatter of an estimator needs at least 2 repeats, got {repeats}.")
+    families = log_dets(visits[0].x[0].numel()) if families is None else families
     truth = torch.stack([exact_log_det(visit) for visit in visits]).sum(0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -208,7 +223,7 @@ def log_det_work(
 
 
 def _log_det_work(visits: Sequence[Visit], family: str, estimator: LogDet, truth: Tensor, repeats: int) -> LogDetWork:
-    counted = [Counted(visit.g) for visit in visits]
+    counted = [_Counted(visit.g) for visit in visits]
     totals, terms = [], 0
     for _ in range(repeats):
         estimates = [estimator(g, visit.x) for g, visit in zip(counted, visits, strict=True)]
@@ -238,11 +253,6 @@ def exact_log_det(visit: Visit) -> Tensor:
     ]
 
 
-def orthogonal_series(features: int) -> list[LogDet]:
-    """Series with D orthogonal probes: no scatter, so that what is left is the truncation."""
-    return [PowerSeries(terms=n, probes=Orthogonal(features)) for n in (1, 2, 4, 8, 16, 32)]
-
-
 # inverses --------------------------------------------------------------------------------------------
 
 
@@ -250,7 +260,7 @@ def orthogonal_series(features: int) -> list[LogDet]:
 class InverseWork:
     """One solve, or the mean over blocks: evaluations per point, the true error |x - x*|, and the certified one."""
 
-    solver: str
+    name: str  # of the solver, or of the block
     tolerance: float | None
     evaluations: float  # mean over points
     most_evaluations: int
@@ -325,8 +335,3 @@ def training_memory(density: Density, method: Method, x: Tensor) -> float:
     step: Any = training_step(copy.deepcopy(density).train(), x, method.after_step)
     step()  # sets ActNorm from the data, and the optimiser's state
     return peak_megabytes(step, x.device)
-
-
-def _at_least_two(repeats: int) -> None:
-    if repeats < 2:
-        raise ValueError(f"The scatter of an estimator needs at least 2 repeats, got {repeats}.")
