@@ -133,7 +133,7 @@ def dynamics_figure(found: Dynamics) -> Figure:
     figure = Figure(figsize=(4 * PANEL, 1.6 * PANEL), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     inputs = found.plain[0]
-    colours = colormaps["coolwarm"]((inputs - inputs.min()) / np.ptp(inputs))
+    colours = colormaps["plasma"](0.88 * (inputs - inputs.min()) / np.ptp(inputs))
     names = "plain residual blocks", "ours, Lip(g) < 1"
     for panel, name, places in zip(panels, names, (found.plain, found.invertible), strict=True):
         last = len(places) - 1
