@@ -8,6 +8,7 @@ from typing import TypeVar
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from matplotlib.text import Annotation
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from matplotlib.transforms import Bbox
@@ -18,6 +19,15 @@ from comparisons.methods import TWINS
 from comparisons.results import Result
 
 MARKERS = "osD^vPX*"
+TICKS: dict[
+    float, tuple[float, ...]
+] = {  # first digits of the ticks of a logarithmic axis that spans less than so much
+    3: (1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 4, 5, 6, 7, 8, 9),
+    10: (1, 1.5, 2, 3, 5, 7),
+    1e3: (1, 2, 5),
+    float("inf"): (1,),
+}
+HALO = [withStroke(linewidth=2, foreground="white")]  # keeps a label legible on lines
 Row = TypeVar("Row")
 
 
@@ -25,7 +35,7 @@ def lipschitz_figure(rows: Sequence[LipschitzRow], title: str) -> Figure:
     """The certified bound of every block over what its Jacobian does at the data: the gap is room not used."""
     figure, panel = single(title, width=0.35 * len(rows) + 3.2)
     numbers = [row.block for row in rows]
-    panel.axhline(1, color=INK, linewidth=0.8, linestyle=":", label="invertible below")
+    panel.axhline(1, color=INK, linewidth=0.8, linestyle=":", label="limit of invertibility")
     for row in rows:
         label = "certified bound" if row is rows[0] else None
         panel.plot([row.block - 0.4, row.block + 0.4], [row.bound] * 2, color="#c0392b", linewidth=1.8, label=label)
@@ -51,7 +61,7 @@ def inverse_figure(rows: Sequence[InverseWork], title: str) -> Figure:
         panel.plot(cost, [row.error for row in line], MARKERS[number] + "-", color=colour, markersize=4, label=name)
         panel.plot(cost, [row.certified for row in line], ":", color=colour, linewidth=1.2)
     panel.plot([], [], ":", color=INK, linewidth=1.2, label="certified error")
-    log_log(panel)
+    log_axes(panel)
     panel.set(xlabel="evaluations of g per point and block (mean)", ylabel="largest error |x − x*|")
     figure.legend(loc="outside right center", fontsize=8, frameon=False)
     return figure
@@ -70,7 +80,7 @@ def log_det_figure(rows: Sequence[LogDetWork], title: str) -> Figure:
             panel.plot(
                 [cost(row) for row in line], [row.rms for row in line], MARKERS[number] + "-", label=label, **style
             )
-        log_log(panel)
+        log_axes(panel)
     left.set(
         xlabel="evaluations of g and Jacobian products per point", ylabel="error of log det (nats, root mean square)"
     )
@@ -98,8 +108,8 @@ def speed_quality_figure(results: Sequence[Result], title: str) -> Figure:
         ends = zip(places[original], places[twin], strict=True)
         label = "original (hollow) to its swapped twin" if number == 0 else None
         panel.plot(*ends, color=COLOURS[original], linewidth=0.8, alpha=0.6, zorder=0, label=label)
-    log_log(panel, y=False)
     panel.margins(0.12)
+    log_axes(panel, y=False)
     panel.set(
         xlabel="time of one log-density, within a batch (µs)", ylabel="test log-likelihood (nats ± 2 standard errors)"
     )
@@ -127,13 +137,12 @@ def lines(rows: Sequence[Row], key: Callable[[Row], str]) -> dict[str, list[Row]
     return {name: [row for row in rows if key(row) == name] for name in dict.fromkeys(map(key, rows))}
 
 
-def log_log(panel: Axes, y: bool = True) -> None:
+def log_axes(panel: Axes, y: bool = True) -> None:
     """Logarithmic axes; the horizontal one with plain numbers, since costs rarely span many decades."""
     panel.set_xscale("log")
     low, high = panel.get_xlim()
-    span = high / low
-    steps = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0) if span < 10 else (1.0, 2.0, 5.0) if span < 1e3 else (1.0,)
-    panel.xaxis.set_major_locator(LogLocator(subs=steps))
+    digits = next(digits for span, digits in TICKS.items() if high / low < span)
+    panel.xaxis.set_major_locator(LogLocator(subs=digits))
     panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     panel.xaxis.set_minor_formatter(NullFormatter())
     if y:
@@ -164,6 +173,7 @@ def place_labels(figure: Figure, panel: Axes, places: dict[str, tuple[float, flo
             label = panel.annotate(
                 name, place, (right, up), textcoords="offset points", ha=horizontal, va=vertical, fontsize=7, color=INK
             )
+            label.set_path_effects(HALO)
             box = label.get_window_extent()
             outside = box.width * box.height - overlap(box, frame)
             tried.append((outside + sum(overlap(box, other) for other in taken), rank, label))
