@@ -8,7 +8,7 @@ from typing import TypeVar
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patheffects import withStroke
+from matplotlib.patheffects import AbstractPathEffect, withStroke
 from matplotlib.text import Annotation
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from matplotlib.transforms import Bbox
@@ -27,7 +27,7 @@ TICKS: dict[
     1e3: (1, 2, 5),
     float("inf"): (1,),
 }
-HALO = [withStroke(linewidth=2, foreground="white")]  # keeps a label legible on lines
+HALO: list[AbstractPathEffect] = [withStroke(linewidth=2, foreground="white")]  # keeps a label legible on lines
 Row = TypeVar("Row")
 
 
