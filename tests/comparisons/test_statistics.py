@@ -74,6 +74,13 @@ def test_coverage_of_paired_differences() -> None:
     assert points < 0.92 * RUNS and seeds < 0.92 * RUNS
 
 
+def test_degrees_of_freedom_of_a_sum() -> None:
+    """Two equal errors have twice the degrees of one; an error of zero adds none; the smaller one hardly counts."""
+    assert sum_of_errors(Interval(0, 1, 3), Interval(0, 1, 3)).degrees == pytest.approx(6)
+    assert sum_of_errors(Interval(0, 1, 3), Interval(0, 0, 50)).degrees == pytest.approx(3)
+    assert sum_of_errors(Interval(0, 3, 3), Interval(0, 4, 1e9)) == Interval(0, 5, pytest.approx(25**2 / (81 / 3)))
+
+
 def test_pairing_removes_what_is_common() -> None:
     ours, theirs = scores(np.random.default_rng(0))
     apart = sum_of_errors(over_points(ours), over_points(theirs)).error
