@@ -87,7 +87,7 @@ def jacobian_of(visits: list[Visit]) -> Tensor:
 
 
 def test_bias_of_a_truncated_series() -> None:
-    """Orthogonal probes take the trace without scatter: what remains is the tail of the series, other at every point."""
+    """Orthogonal probes take the trace without scatter: what remains is the tail, another at every point."""
     block = ResidualBlock(helpers.scaled_mlp(D, activation=helpers.gentle_sine))
     visits = visit_blocks(block, torch.randn(50, D, dtype=torch.float64))
     work = log_det_work(visits, {"all": [PowerSeries(terms=n, probes=Orthogonal(D)) for n in (2, 5)]}, repeats=3)
