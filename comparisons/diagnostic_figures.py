@@ -1,0 +1,190 @@
+"""The pictures of the diagnostics. Each function takes the rows of one measurement and returns a matplotlib Figure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patheffects import AbstractPathEffect, withStroke
+from matplotlib.text import Annotation
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.transforms import Bbox
+
+from comparisons.diagnostics import InverseWork, LipschitzRow, LogDetWork
+from comparisons.figures import COLOURS, INK, PANEL, family
+from comparisons.methods import TWINS
+from comparisons.results import Result
+
+MARKERS = "osD^vPX*"
+TICKS: dict[
+    float, tuple[float, ...]
+] = {  # first digits of the ticks of a logarithmic axis that spans less than so much
+    3: (1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 4, 5, 6, 7, 8, 9),
+    10: (1, 1.5, 2, 3, 5, 7),
+    1e3: (1, 2, 5),
+    float("inf"): (1,),
+}
+HALO: list[AbstractPathEffect] = [withStroke(linewidth=2, foreground="white")]  # keeps a label legible on lines
+Row = TypeVar("Row")
+
+
+def lipschitz_figure(rows: Sequence[LipschitzRow], title: str) -> Figure:
+    """The certified bound of every block over what its Jacobian does at the data: the gap is room not used."""
+    figure, panel = single(title, width=0.35 * len(rows) + 3.2)
+    numbers = [row.block for row in rows]
+    panel.axhline(1, color=INK, linewidth=0.8, linestyle=":", label="limit of invertibility")
+    for row in rows:
+        label = "certified bound" if row is rows[0] else None
+        panel.plot([row.block - 0.4, row.block + 0.4], [row.bound] * 2, color="#c0392b", linewidth=1.8, label=label)
+    panel.bar(numbers, [row.measured for row in rows], width=0.6, color="#9db8d9", label="largest measured norm")
+    panel.plot(numbers, [row.median for row in rows], "_", color=INK, markersize=14, label="median measured norm")
+    panel.set(
+        ylim=(0, 1.05), xticks=thinned(numbers), xlabel="block, from data to noise", ylabel="Lipschitz constant of g"
+    )
+    figure.legend(loc="outside right center", fontsize=8, frameon=False)
+    return figure
+
+
+def thinned(numbers: Sequence[int], most: int = 16) -> list[int]:
+    """At most so many of the numbers, evenly spaced, for ticks that can be read."""
+    return list(numbers[:: -(-len(numbers) // most)])
+
+
+def inverse_figure(rows: Sequence[InverseWork], title: str) -> Figure:
+    """The true error of every solver against its evaluations, and above it the error that it certified (dotted)."""
+    figure, panel = single(title)
+    for number, (name, line) in enumerate(lines(rows, lambda row: row.name).items()):
+        cost, colour = [row.evaluations for row in line], colormaps["tab10"](number)
+        panel.plot(cost, [row.error for row in line], MARKERS[number] + "-", color=colour, markersize=4, label=name)
+        panel.plot(cost, [row.certified for row in line], ":", color=colour, linewidth=1.2)
+    panel.plot([], [], ":", color=INK, linewidth=1.2, label="certified error")
+    log_axes(panel)
+    panel.set(xlabel="evaluations of g per point and block (mean)", ylabel="largest error |x − x*|")
+    figure.legend(loc="outside right center", fontsize=8, frameon=False)
+    return figure
+
+
+def log_det_figure(rows: Sequence[LogDetWork], title: str) -> Figure:
+    """The error of every estimator against evaluations and against time; along a line its number of terms grows."""
+    figure = Figure(figsize=(4.4 * PANEL, 1.7 * PANEL), layout="constrained")
+    figure.suptitle(title, fontsize=12)
+    left, right = figure.subplots(1, 2, sharey=True)
+    costs: list[Callable[[LogDetWork], float]] = [lambda row: row.evaluations, lambda row: 1e6 * row.seconds]
+    for panel, cost in zip((left, right), costs, strict=True):
+        for number, (name, line) in enumerate(lines(rows, lambda row: row.family).items()):
+            style = {"color": colormaps["tab10"](number), "markersize": 5, "linewidth": 1.2}
+            label = name if panel is left else None
+            panel.plot(
+                [cost(row) for row in line], [row.rms for row in line], MARKERS[number] + "-", label=label, **style
+            )
+        log_axes(panel)
+    left.set(
+        xlabel="evaluations of g and Jacobian products per point", ylabel="error of log det (nats, root mean square)"
+    )
+    right.set_xlabel("time per point (µs)")
+    figure.legend(loc="outside right center", fontsize=8, frameon=False)
+    return figure
+
+
+def speed_quality_figure(results: Sequence[Result], title: str) -> Figure:
+    """Test log-likelihood against the time of one density; a line leads from a hollow original to its swapped twin."""
+    figure, panel = single(title, width=3.4 * PANEL, height=2.2 * PANEL)
+    places = {result.method: (1e6 * result.density_seconds, result.log_likelihood.mean) for result in results}
+    pairs = [(original, twin) for original, twin in TWINS.items() if original in places and twin in places]
+    hollow = {original for original, _ in pairs}
+    for result in results:
+        panel.errorbar(
+            *places[result.method],
+            yerr=2 * result.log_likelihood.error,
+            fmt="o",
+            color=COLOURS[family(result.method)],
+            markerfacecolor="white" if result.method in hollow else None,
+            markersize=6,
+        )
+    for number, (original, twin) in enumerate(pairs):
+        ends = zip(places[original], places[twin], strict=True)
+        label = "original (hollow) to its swapped twin" if number == 0 else None
+        panel.plot(*ends, color=COLOURS[original], linewidth=0.8, alpha=0.6, zorder=0, label=label)
+    panel.margins(0.12)
+    log_axes(panel, y=False)
+    panel.set(
+        xlabel="time of one log-density, within a batch (µs)", ylabel="test log-likelihood (nats ± 2 standard errors)"
+    )
+    if pairs:
+        figure.legend(loc="outside lower center", fontsize=8, frameon=False)
+    place_labels(figure, panel, places)
+    return figure
+
+
+# shared ----------------------------------------------------------------------------------------------
+
+
+def single(title: str, width: float = 2.7 * PANEL, height: float = 1.7 * PANEL) -> tuple[Figure, Axes]:
+    """One panel."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    panel = figure.subplots()
+    panel.set_title(title, fontsize=10)
+    panel.tick_params(labelsize=7)
+    panel.spines[["top", "right"]].set_visible(False)
+    return figure, panel
+
+
+def lines(rows: Sequence[Row], key: Callable[[Row], str]) -> dict[str, list[Row]]:
+    """The rows of each line, in the order of their first appearance."""
+    return {name: [row for row in rows if key(row) == name] for name in dict.fromkeys(map(key, rows))}
+
+
+def log_axes(panel: Axes, y: bool = True) -> None:
+    """Logarithmic axes; the horizontal one with plain numbers, since costs rarely span many decades."""
+    panel.set_xscale("log")
+    low, high = panel.get_xlim()
+    digits = next(digits for span, digits in TICKS.items() if high / low < span)
+    panel.xaxis.set_major_locator(LogLocator(subs=digits))
+    panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    panel.xaxis.set_minor_formatter(NullFormatter())
+    if y:
+        panel.set_yscale("log")
+    panel.grid(color="#e4e4e4", linewidth=0.6)
+    panel.set_axisbelow(True)
+    panel.tick_params(labelsize=7)
+    panel.spines[["top", "right"]].set_visible(False)
+
+
+# Where a label may stand: points to the right and up, and its alignment.
+CORNERS = [
+    (distance * x, distance * y, {-1: "right", 0: "center", 1: "left"}[x], {-1: "top", 0: "center", 1: "bottom"}[y])
+    for distance in (6, 14, 24)
+    for x, y in ((1, 1), (-1, 1), (1, -1), (-1, -1), (1, 0), (-1, 0), (0, 1), (0, -1))
+]
+
+
+def place_labels(figure: Figure, panel: Axes, places: dict[str, tuple[float, float]]) -> None:
+    """Names beside their points, each at the nearest corner where it covers the least of other names and points."""
+    figure.draw_without_rendering()  # settles where things are
+    marks = panel.transData.transform(list(places.values()))
+    taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in marks]
+    frame = panel.get_window_extent()
+    for name, place in places.items():
+        tried: list[tuple[float, int, Annotation]] = []
+        for rank, (right, up, horizontal, vertical) in enumerate(CORNERS):
+            label = panel.annotate(
+                name, place, (right, up), textcoords="offset points", ha=horizontal, va=vertical, fontsize=7, color=INK
+            )
+            label.set_path_effects(HALO)
+            box = label.get_window_extent()
+            outside = box.width * box.height - overlap(box, frame)
+            tried.append((outside + sum(overlap(box, other) for other in taken), rank, label))
+        best = min(tried, key=lambda attempt: attempt[:2])[2]
+        for _, _, label in tried:
+            if label is not best:
+                label.remove()
+        taken.append(best.get_window_extent())
+
+
+def overlap(a: Bbox, b: Bbox) -> float:
+    """The area common to both, in pixels."""
+    shared = Bbox.intersection(a, b)
+    return 0.0 if shared is None else float(shared.width * shared.height)
