@@ -22,8 +22,7 @@ class ResidualTransform(distributions.ResidualTransform, TransformModule):
     (torch.Size([5]), True)
     """
 
-    __hash__ = TransformModule.__hash__
-    __repr__ = nn.Module.__repr__
+    __hash__ = TransformModule.__hash__  # torch's transforms have none, and modules need one
 
 
 class ConditionalResidualTransform(ConditionalTransformModule):
