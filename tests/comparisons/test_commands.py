@@ -93,7 +93,7 @@ def test_a_cell_that_fails_is_recorded_and_the_rest_goes_on(tmp_path: Path, monk
 
 
 def test_data_that_is_not_here_is_left_out_politely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("comparisons.data.data_folders", lambda: [tmp_path / "nowhere"])
+    monkeypatch.setattr("comparisons.tasks.sources.data_folders", lambda: [tmp_path / "nowhere"])
     options = ["--task", "gas-turbine", "--task", "rings", "--method", "nflows-maf", "--steps", "1", "--workers", "1"]
     code, output = run("quickstart", *options, "--out", str(tmp_path / "out"))
     assert code == 0

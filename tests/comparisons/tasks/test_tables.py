@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from comparisons.data import DataNotFoundError
 from torch import Tensor
 
 from comparisons import toys
-from comparisons.data import DataNotFoundError
 from comparisons.tasks import TASKS, Task
 
 TOYS = [toys.checkerboard, toys.two_spirals, toys.rings, toys.pinwheel]
