@@ -42,7 +42,9 @@ def load_file(path: Path, context: Sequence[str] = ()) -> Task:
         notes.append(f"kept {repeated} rows that repeat another")
     given = conditions(frame[list(context)], split, notes) if context else None
     about = f"rows of {path.name}" + (f", given {', '.join(context)}" if context else "")
-    return table_task(path.name, about, parts_of(rows.to_numpy(np.float64), split, given), list(rows), noted=notes)
+    return table_task(
+        path.name, about, parts_of(rows.to_numpy(np.float64, copy=True), split, given), list(rows), noted=notes
+    )
 
 
 # what is in the columns ------------------------------------------------------------------------------
@@ -51,6 +53,7 @@ def load_file(path: Path, context: Sequence[str] = ()) -> Task:
 def numeric(frame: pd.DataFrame, context: Sequence[str], notes: Notes, name: str) -> pd.DataFrame:
     """The columns of numbers, and those of the context whatever they hold."""
     columns: dict[str, pd.Series] = {}
+    frame = frame.replace([np.inf, -np.inf], np.nan)
     for column in frame:
         values = frame[column]
         numbers = pd.to_numeric(values, errors="coerce")
@@ -64,7 +67,7 @@ def numeric(frame: pd.DataFrame, context: Sequence[str], notes: Notes, name: str
         elif counts_rows(numbers):
             notes.append(f"dropped {column} (it counts the rows)")
         else:
-            columns[column] = numbers.astype(np.float64).replace([np.inf, -np.inf], np.nan)
+            columns[column] = numbers.astype(np.float64)
     if len(columns) == len(context):
         dropped = f"; {'; '.join(notes)}" if notes else ""
         raise ValueError(f"{name} has no column of numbers to model{dropped}. Write numbers with a decimal point.")
@@ -141,14 +144,14 @@ def read_csv(path: Path, context: Sequence[str]) -> tuple[pd.DataFrame, Split]:
         first = pd.read_csv(path, sep=separator, header=None, nrows=1, encoding="utf-8-sig")
         named = not all(pd.api.types.is_numeric_dtype(kind) for kind in first.dtypes)
         frame = pd.read_csv(
-            path, sep=separator, header=0 if named else None, index_col=False, encoding="utf-8-sig", na_values=["?"]
+            path, sep=separator, header=0 if named else None, encoding="utf-8-sig", na_values=["?"], low_memory=False
         )
     except pd.errors.EmptyDataError:
-        raise ValueError(
-            f"{path.name} is empty; it needs a line of column names and a line of numbers a row."
-        ) from None
+        raise ValueError(f"{path.name} is empty; it needs column names and a line of numbers a row.") from None
     except (pd.errors.ParserError, UnicodeDecodeError) as error:
         raise ValueError(f"{path.name} is no table of separated values: {error}") from None
+    if not isinstance(frame.index, pd.RangeIndex):  # pandas took the entries beyond the names for an index
+        raise ValueError(f"{path.name} has more entries in a line than names of columns; name every column.")
     return frame.rename(columns=str if named else "column {}".format), None
 
 
@@ -157,7 +160,7 @@ def read_npy(path: Path, context: Sequence[str]) -> tuple[pd.DataFrame, Split]:
 
 
 def read_npz(path: Path, context: Sequence[str]) -> tuple[pd.DataFrame, Split]:
-    """Arrays train, validation and test; or x and perhaps split (0, 1, 2); or one array. `columns` may name the columns.
+    """Arrays train, validation and test; or x and perhaps split (0, 1, 2); or one array. `columns` names them.
 
     A context may also be an array of its own beside x, with an entry for each row.
     """

@@ -74,6 +74,8 @@ def fit(steps: Sequence[Step], train: Tensor, columns: tuple[str, ...]) -> Chain
     for step in steps:
         fitted.append(step.fit(x, columns))
         x, columns = fitted[-1].apply(x, generator), fitted[-1].columns
+        if not columns:
+            break
     return Chain(tuple(fitted), columns)
 
 
@@ -175,11 +177,13 @@ def is_quantised(values: np.ndarray) -> bool:
 
 def lattice_step(values: np.ndarray) -> float | None:
     """The smallest gap between distinct values; None where it is too small for them to lie on a lattice."""
-    gaps = np.diff(np.unique(values))
-    gaps = gaps[gaps > 1e-6 * np.abs(values).max()]  # the rest is rounding, of float32 or of decimal fractions
+    distinct = np.unique(values)
+    gaps = np.diff(distinct)
+    rounding = 1e-6 * np.abs(distinct[1:]) + 1e-12 * np.abs(distinct).max()  # of float32, of decimal fractions
+    gaps = gaps[gaps > rounding]
     if not len(gaps) or np.ptp(values) > LATTICE * gaps.min():
         return None
-    return float(f"{gaps.min():.2g}")
+    return float(f"{gaps[gaps < 1.5 * gaps.min()].mean():.2g}")  # the mean, since float32 moves single values
 
 
 @dataclass(frozen=True, eq=False)

@@ -69,9 +69,9 @@ class BlurredCurve:
     def entropy(self) -> float:
         """-∫ p log p by the midpoint rule, which is all but exact at steps well below the deviation."""
         step, margin = self.deviation / 4, 8 * self.deviation
-        low, high = self.nodes.amin(0) - margin, self.nodes.amax(0) + margin
         x, y = (
-            torch.arange(*ends, step, dtype=torch.float64) for ends in zip(low.tolist(), high.tolist(), strict=True)
+            torch.arange(node.min().item() - margin, node.max().item() + margin, step, dtype=torch.float64)
+            for node in self.nodes.T
         )
         density = self.density_on_grid(x, y)
         return -torch.xlogy(density, density).sum().item() * step**2
@@ -194,9 +194,7 @@ def two_moons_conditional() -> Task:
     def log_density(points: Points) -> Tensor:
         label = points.context
         if label is None:
-            raise ValueError(
-                "two-moons-conditional needs to know which moon: its points come with a context of 0 or 1."
-            )
+            raise ValueError("two-moons-conditional needs to know which moon: a context of 0 or 1 for each point.")
         return torch.where(label[:, 0] == 0, upper.log_density(points.x), lower.log_density(points.x))
 
     about = "two half circles that reach into each other, given which of the two"
