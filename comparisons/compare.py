@@ -20,12 +20,15 @@ INTERRUPTED = 130  # what a shell calls an end by Ctrl-C
 
 
 def load_tasks(names: Iterable[str], console: Console) -> dict[str, Task]:
-    """The tasks whose data is here, by the name or path asked for; the others are named and left out."""
+    """The tasks whose data is here and sound, by the name or path asked for; the others are named and left out."""
     tasks = {}
     for name in names:
         try:
-            tasks[name] = load(name)
-        except DataNotFoundError as error:
+            task = load(name)
+            if task.name in [other.name for other in tasks.values()]:
+                raise ValueError(f"another task is named {task.name}, too; rename the file.")
+            tasks[name] = task
+        except (DataNotFoundError, ValueError) as error:  # the second: a file that cannot be used
             console.print(f"[yellow]Left out {name}:[/] {error}", highlight=False)
     return tasks
 
@@ -47,6 +50,9 @@ def compare(
     store = Store(out)
     store.start()
     tasks = load_tasks(steps, console)
+    if not tasks:
+        console.print("[red]No task is left to run.[/]")
+        return 1
     for task in tasks.values():
         store.add_arrays(task.name, task_arrays(task))
     cells = [Cell(name, method, steps[name], seed, device) for name in tasks for method in methods]

@@ -124,7 +124,7 @@ def conditions(frame: pd.DataFrame, split: np.ndarray, notes: Notes) -> Tensor:
                     f"context column {column!r} is text with {classes.shape[1]} distinct values; at most {CLASSES} are "
                     "taken for labels. Choose another column, or turn it into numbers."
                 )
-            parts.append(torch.from_numpy(classes.to_numpy(np.float32)))
+            parts.append(torch.tensor(classes.to_numpy(np.float32)))
             notes.append(f"context {column}: {classes.shape[1]} classes, one-hot")
         else:
             parts.append(standardised(values.to_numpy(np.float64)[:, None], split))

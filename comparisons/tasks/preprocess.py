@@ -19,6 +19,7 @@ NEARLY_EQUAL = 0.98  # correlation at which one of two columns goes
 EXPLAINED = 0.9999  # share of the variance that other columns explain, at which a column goes
 COMMON = 0.05  # share of the rows with the same value from which a column counts as quantised
 REPEATED = 20  # rows for every distinct value from which a column counts as quantised
+ROUNDING = 1e-12  # of decimal fractions in double precision
 LATTICE = 10_000  # most steps between the extremes of a column that counts as quantised rather than continuous
 
 
@@ -141,7 +142,7 @@ class DropDegenerate:
 
 def alone(values: np.ndarray) -> str:
     """What is wrong with a column by itself; empty if nothing is."""
-    if np.ptp(values) == 0:
+    if np.ptp(values) <= ROUNDING * np.abs(values).max():
         return f"always {values[0]:g}"
     if not is_quantised(values) or lattice_step(values) is not None:
         return ""
@@ -179,7 +180,7 @@ def lattice_step(values: np.ndarray) -> float | None:
     """The smallest gap between distinct values; None where it is too small for them to lie on a lattice."""
     distinct = np.unique(values)
     gaps = np.diff(distinct)
-    rounding = 1e-6 * np.abs(distinct[1:]) + 1e-12 * np.abs(distinct).max()  # of float32, of decimal fractions
+    rounding = 1e-6 * np.abs(distinct[1:]) + ROUNDING * np.abs(distinct).max()  # of float32, of decimal fractions
     gaps = gaps[gaps > rounding]
     if not len(gaps) or np.ptp(values) > LATTICE * gaps.min():
         return None

@@ -30,7 +30,8 @@ def table_task(
     noted: Sequence[str] = (),
     kind: str = "table",
     parameters: int = 40_000,
-    **rest: Any,
+    levels: float | None = None,
+    groups: Tensor | None = None,
 ) -> Task:
     """Fit the steps on the train rows; batches are rows drawn with replacement. `noted`: what was done to raw rows."""
     train, validation, test = parts
@@ -58,8 +59,9 @@ def table_task(
         columns=fitted.columns,
         preprocessing=(*noted, *fitted.describe()),
         log_volume=fitted.log_volume,
+        levels=levels,
+        groups=groups,
         restore=fitted.restore,
-        **rest,
     )
 
 

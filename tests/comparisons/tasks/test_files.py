@@ -42,7 +42,7 @@ def test_a_csv(frame: pd.DataFrame, tmp_path: Path) -> None:
     assert (len(task.validation), len(task.test)) == (18, 20)
     drawn = task.restore(task.draw(3000, torch.Generator().manual_seed(0)).x)
     everything = torch.cat([points_of(task), drawn]).double()
-    raw = torch.from_numpy(frame.to_numpy())
+    raw = torch.tensor(frame.to_numpy())
     assert (torch.cdist(everything / raw.std(0), raw / raw.std(0)).amin(1) < 1e-5).all()  # each is a row of the file
     assert not torch.isin(task.test.x[:, 0], task.draw(3000, torch.Generator().manual_seed(0)).x[:, 0]).any()
     assert same(task, load(write(frame, tmp_path)))

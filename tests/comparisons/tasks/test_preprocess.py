@@ -60,6 +60,7 @@ def test_columns_that_make_a_likelihood_unbounded_are_dropped() -> None:
     a, b, c = NORMAL[:, 0], NORMAL[:, 1], NORMAL[:, 2]
     atom = torch.where(torch.arange(2000) % 8 == 0, 0.0, c)
     assert described(a, torch.full_like(a, 3.5)) == ("dropped b (always 3.5)",)
+    assert described(a, torch.where(b > 0, 0.3, 0.1 + 0.2).double()) == ("dropped b (always 0.3)",)
     assert described(a, b, a) == ("dropped c (correlation 1.000 with a)",)
     assert described(a, b, 0.1 * c - a) == ("dropped c (correlation -0.995 with a)",)
     assert described(a, b, a + b)[0].startswith("dropped c (a linear function of the columns before it, R² = 1.0000")
