@@ -10,23 +10,25 @@ from rich.progress import Progress
 from rich.table import Table
 
 from comparisons.cells import task_arrays
-from comparisons.data import DataNotFoundError
 from comparisons.report import COLUMNS, GAIN_COLUMNS, best_of, by_task, gains, with_error, write_report
 from comparisons.results import Failure, Result, Store, provenance
 from comparisons.tables import PROGRESS_COLUMNS, print_wide, rich_table
-from comparisons.tasks import TASKS, Task
+from comparisons.tasks import DataNotFoundError, Task, load
 from comparisons.workers import Cell, run_all
 
 INTERRUPTED = 130  # what a shell calls an end by Ctrl-C
 
 
-def load_tasks(names: Iterable[str], console: Console) -> list[Task]:
-    """The tasks whose data is here; the others are named and left out."""
-    tasks = []
+def load_tasks(names: Iterable[str], console: Console) -> dict[str, Task]:
+    """The tasks whose data is here and sound, by the name or path asked for; the others are named and left out."""
+    tasks = {}
     for name in names:
         try:
-            tasks.append(TASKS[name]())
-        except DataNotFoundError as error:
+            task = load(name)
+            if task.name in [other.name for other in tasks.values()]:
+                raise ValueError(f"another task is named {task.name}, too; rename the file.")
+            tasks[name] = task
+        except (DataNotFoundError, ValueError) as error:  # the second: a file that cannot be used
             console.print(f"[yellow]Left out {name}:[/] {error}", highlight=False)
     return tasks
 
@@ -48,9 +50,12 @@ def compare(
     store = Store(out)
     store.start()
     tasks = load_tasks(steps, console)
-    for task in tasks:
+    if not tasks:
+        console.print("[red]No task is left to run.[/]")
+        return 1
+    for task in tasks.values():
         store.add_arrays(task.name, task_arrays(task))
-    cells = [Cell(task.name, method, steps[task.name], seed, device) for task in tasks for method in methods]
+    cells = [Cell(name, method, steps[name], seed, device) for name in tasks for method in methods]
     interrupted = False
     try:
         run_cells(cells, workers, store, console)

@@ -13,6 +13,7 @@ from lightning.fabric import Fabric
 from torch import Tensor
 
 from comparisons.methods import Density
+from comparisons.tasks import Points
 from comparisons.training import evaluating, log_likelihoods, synchronise
 from iresflow_plugin import ResidualBlock
 from iresflow_plugin.lipschitz import lipschitz_bound
@@ -35,16 +36,16 @@ class Estimate:
         return cls(values.mean().item(), values.std().item() / math.sqrt(len(values)))
 
 
-def test_log_likelihood(density: Density, x: Tensor, fabric: Fabric) -> Estimate:
+def test_log_likelihood(density: Density, points: Points, fabric: Fabric) -> Estimate:
     """Nats per test point; the error is that of the mean over the points."""
-    return Estimate.of(log_likelihoods(density, x, fabric))
+    return Estimate.of(log_likelihoods(density, points, fabric))
 
 
-def density_seconds(density: Density, x: Tensor, fabric: Fabric) -> float:
+def density_seconds(density: Density, points: Points, fabric: Fabric) -> float:
     """Time of log p for one point, within a batch."""
-    rows = fabric.to_device(x[:TIMED_POINTS])
-    with evaluating(density, x.shape[1]):
-        return median_seconds(lambda: density.log_prob(rows), fabric.device) / len(rows)
+    rows = points[:TIMED_POINTS].to(fabric.device)
+    with evaluating(density, rows.x[0].numel()):
+        return median_seconds(lambda: density.log_prob(rows.x, rows.context), fabric.device) / len(rows)
 
 
 def sampling_seconds(density: Density, features: int, device: torch.device) -> float:
@@ -53,10 +54,10 @@ def sampling_seconds(density: Density, features: int, device: torch.device) -> f
         return median_seconds(lambda: density.sample(TIMED_POINTS), device) / TIMED_POINTS
 
 
-def inverse_error(density: Density, x: Tensor, fabric: Fabric) -> float:
+def inverse_error(density: Density, points: Points, fabric: Fabric) -> float:
     """Largest |x - decode(encode(x))| over test points: what a round trip loses."""
-    rows = fabric.to_device(x[:TIMED_POINTS])
-    with evaluating(density, x.shape[1]):
+    rows = fabric.to_device(points.x[:TIMED_POINTS])
+    with evaluating(density, points.x[0].numel()):
         return (density.to_data(density.to_noise(rows)) - rows).abs().max().item()
 
 

@@ -17,7 +17,6 @@ from comparisons.methods import METHODS, TWINS
 from comparisons.metrics import Estimate
 from comparisons.results import Result, Store
 from comparisons.tables import Columns
-from comparisons.tasks import TASKS
 
 COLUMNS: Columns[Result] = {
     "method": lambda result: result.method,
@@ -59,8 +58,8 @@ def with_error(estimate: Estimate, sign: str = "") -> str:
 def by_task(results: list[Result]) -> dict[str, list[Result]]:
     """The results of each task, every twin behind its original."""
     ordered = sorted(results, key=lambda result: figures.ORDER.index(result.method))
-    chosen = {task: [result for result in ordered if result.task == task] for task in TASKS}
-    return {task: found for task, found in chosen.items() if found}
+    tasks = dict.fromkeys(result.task for result in results)  # in the order of the run
+    return {task: [result for result in ordered if result.task == task] for task in tasks}
 
 
 def best_of(results: list[Result]) -> Result:

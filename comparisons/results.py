@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 import iresflow_plugin
-from comparisons.data import REPOSITORY
 from comparisons.metrics import Estimate
+from comparisons.tasks.sources import REPOSITORY
 from comparisons.training import History
 
 PACKAGES = ("torch", "nflows", "normflows", "lightning", "numpy", "scikit-learn")

@@ -12,7 +12,7 @@ from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 from comparisons.methods import Density, Method
-from comparisons.tasks import Task
+from comparisons.tasks import Points, Task
 from iresflow_plugin import ResidualBlock, using
 from iresflow_plugin.log_det import Exact, LogDet
 
@@ -47,10 +47,11 @@ def evaluating(density: Density, features: int, log_det: LogDet | None = None) -
         density.train(training)
 
 
-def log_likelihoods(density: Density, x: Tensor, fabric: Fabric) -> Tensor:
-    """log p of every row, in nats, with the evaluation's log-det."""
-    with evaluating(density, x.shape[1]):
-        return torch.cat([density.log_prob(fabric.to_device(rows)).cpu() for rows in x.split(EVALUATION_BATCH)])
+def log_likelihoods(density: Density, points: Points, fabric: Fabric) -> Tensor:
+    """log p of every point, in nats, with the evaluation's log-det."""
+    with evaluating(density, points.x[0].numel()):
+        batches = [batch.to(fabric.device) for batch in points.split(EVALUATION_BATCH)]
+        return torch.cat([density.log_prob(batch.x, batch.context).cpu() for batch in batches])
 
 
 def synchronise(device: torch.device) -> None:
@@ -75,7 +76,8 @@ def train(
     for step in range(1, steps + 1):
         started = time.perf_counter()
         optimizer.zero_grad()
-        fabric.backward(model(fabric.to_device(task.draw(task.batch, generator))))
+        batch = task.draw(task.batch, generator).to(fabric.device)
+        fabric.backward(model(batch.x, batch.context))
         fabric.clip_gradients(model, optimizer, max_norm=CLIP_NORM)
         optimizer.step()
         schedule.step()

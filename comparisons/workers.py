@@ -15,7 +15,7 @@ from lightning.fabric import Fabric
 
 from comparisons.cells import Arrays, run_cell
 from comparisons.results import Failure, Result
-from comparisons.tasks import TASKS
+from comparisons.tasks import load
 
 LOOK_AGAIN = 0.2  # seconds between two looks at the workers
 
@@ -39,7 +39,7 @@ def attempt(cell: Cell, on_step: Callable[[], None]) -> Outcome:
     torch.set_num_threads(1)
     try:
         fabric = Fabric(accelerator=cell.device, devices=1)
-        task = TASKS[cell.task]()
+        task = load(cell.task)
         result, arrays = run_cell(task, cell.method, steps=cell.steps, seed=cell.seed, fabric=fabric, on_step=on_step)
     except Exception as error:  # whatever a host may throw
         return cell, Failure(cell.task, cell.method, cell.seed, f"{type(error).__name__}: {error}"), {}

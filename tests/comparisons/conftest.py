@@ -12,7 +12,7 @@ import pytest
 import torch
 from lightning.fabric import Fabric
 
-from comparisons.data import REPOSITORY
+from comparisons.tasks.sources import REPOSITORY
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from comparisons.__main__ import app
@@ -93,7 +95,7 @@ def test_a_cell_that_fails_is_recorded_and_the_rest_goes_on(tmp_path: Path, monk
 
 
 def test_data_that_is_not_here_is_left_out_politely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("comparisons.data.data_folders", lambda: [tmp_path / "nowhere"])
+    monkeypatch.setattr("comparisons.tasks.sources.data_folders", lambda: [tmp_path / "nowhere"])
     options = ["--task", "gas-turbine", "--task", "rings", "--method", "nflows-maf", "--steps", "1", "--workers", "1"]
     code, output = run("quickstart", *options, "--out", str(tmp_path / "out"))
     assert code == 0
@@ -101,6 +103,30 @@ def test_data_that_is_not_here_is_left_out_politely(tmp_path: Path, monkeypatch:
     assert [cell["task"] for cell in json.loads((tmp_path / "out" / "results.json").read_text())["results"]] == [
         "rings"
     ]
+
+
+def test_a_file_of_the_user_is_a_task(tmp_path: Path) -> None:
+    rows = torch.randn(100, 3, generator=torch.Generator().manual_seed(0))
+    np.savetxt(tmp_path / "mine.csv", rows.numpy(), delimiter=",", header="a,b,c", comments="")
+    (tmp_path / "bad.csv").write_text("")
+    files = ["--task", str(tmp_path / "mine.csv"), "--task", str(tmp_path / "bad.csv")]
+    options = ["--method", "nflows-maf", "--steps", "1", "--workers", "1", "--out", str(tmp_path / "out")]
+    code, output = run("quickstart", *files, *options)
+    assert code == 0 and "bad.csv is empty" in output
+    (cell,) = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
+    assert cell["task"] == "mine.csv" and "mine.csv" in (tmp_path / "out" / "report.html").read_text()
+    assert run("quickstart", *files[2:], *options)[0] == 1  # nothing left to run
+
+
+def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    code, output = run("train", "--task", str(tmp_path / "nowhere.csv"))
+    assert code == 2 and "there is no file" in output
+
+
+def test_a_conditional_task_fails_with_words_while_no_method_takes_a_context(tmp_path: Path) -> None:
+    options = ["--method", "nflows-maf", "--steps", "1", "--workers", "1", "--out", str(tmp_path)]
+    code, output = run("quickstart", "--task", "two-moons-conditional", *options)
+    assert code == 1 and "1 context numbers; no method takes any yet" in output
 
 
 def test_ctrl_c_leaves_finished_results(command: Command, tmp_path: Path) -> None:
