@@ -12,7 +12,7 @@ from nflows.transforms import AffineCouplingTransform, MaskedAffineAutoregressiv
 from torch import nn
 
 from comparisons.methods import autoregressive, continuous, coupling, elementary, floors, residual
-from comparisons.methods.density import BLOCKS, Density, Method, build, parameter_count, widest
+from comparisons.methods.density import BLOCKS, Density, Fit, Method, build, parameter_count, widest
 from comparisons.methods.hosts import NormflowsDensity, normflows_flow
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "METHODS",
     "TWINS",
     "Density",
+    "Fit",
     "Method",
     "NormflowsDensity",
     "build",

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from nflows.transforms import ActNorm, InverseTransform, MaskedAffineAutoregressiveTransform, ReversePermutation, Transform
+from nflows.transforms import (
+    ActNorm,
+    InverseTransform,
+    MaskedAffineAutoregressiveTransform,
+    ReversePermutation,
+    Transform,
+)
 from torch import nn
 
 from comparisons.methods.density import BLOCKS, Method

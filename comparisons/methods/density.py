@@ -21,6 +21,7 @@ BLOCKS = 8  # transforms of a flow, where the family does not ask for another nu
 RATES = (1e-3, 3e-3, 1e-2)
 
 Stack = Callable[[int, int, int | None], nn.Module]
+Fit = Callable[[Any, Tensor, Tensor], None]
 
 
 class Density(nn.Module):
@@ -104,7 +105,7 @@ class Method:
     largest: int = sys.maxsize
     swapped: type[nn.Module] | None = None
     after_step: Callable[[Density], None] | None = None
-    fit: Callable[[Any, Tensor, Tensor], None] | None = None
+    fit: Fit | None = None
 
 
 def parameter_count(module: nn.Module) -> int:
