@@ -24,8 +24,8 @@ TRAINED = [name for name, method in METHODS.items() if method.fit is None]
 INVERTIBLE = [name for name, method in METHODS.items() if method.host.invertible]
 PUBLISHED = ["NICE", "MADE", "MAF", "Real NVP", "Glow", "FFJORD", "i-ResNet", "Residual Flow", "ImpFlow"]
 
-# |x - to_data(to_noise(x))|. PEERS.md, D4: the solver of normflows stops early. FFJORD: two solves of the ODE to 1e-6.
-ROUND_TRIP = dict.fromkeys(METHODS, 1e-4) | {"normflows-residual": 2e-2, "ffjord": 1e-3}
+# |x - to_data(to_noise(x))| in double precision. PEERS.md, D4: the solver of normflows stops early. FFJORD: two solves of the ODE to 1e-6.
+ROUND_TRIP = dict.fromkeys(METHODS, 1e-6) | {"normflows-residual": 2e-2, "ffjord": 1e-4}
 # log_prob against the Jacobian. FFJORD: zuko integrates the log-det a hundred times more coarsely.
 LOG_DET = dict.fromkeys(METHODS, 1e-3) | {"ffjord": 1e-2}
 
@@ -37,7 +37,7 @@ def shaken(name: str, features: int = 2, context_features: int | None = None) ->
     density = build(method, features, BUDGET, context_features)
     x = torch.randn(256, features)
     if method.fit is not None:
-        method.fit(density, x, x.flip(0))
+        method.fit(density, x, torch.randn(256, features))
     density(x, contexts(256, context_features))  # ActNorm initialises itself
     for parameter in density.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
@@ -61,13 +61,12 @@ def exact(density: Density) -> Iterator[None]:
 # size ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("features", [2, 5])
 @pytest.mark.parametrize("name", TRAINED)
-def test_a_method_is_the_largest_within_its_budget(name: str, features: int) -> None:
+def test_a_method_is_the_largest_within_its_budget(name: str, features: int = 5) -> None:
     method = METHODS[name]
     size, width = parameter_count(build(method, features, BUDGET)), widest(method, features, BUDGET)
     if name in TWINS.values():  # a twin comes as close to its original as whole widths allow, from either side
-        assert 0.9 * BUDGET < size < 1.05 * BUDGET
+        assert 0.75 * BUDGET < size < 1.05 * BUDGET
     else:
         assert size <= BUDGET
     next_size = parameter_count(method.stack(features, width + 1, None))
@@ -93,11 +92,13 @@ def test_looking_for_a_width_leaves_the_seed_alone() -> None:
 def test_the_density_integrates_to_one(name: str) -> None:
     density = shaken(name)
     with torch.no_grad(), exact(density):
-        middle, spread = (statistic(density.sample(2000), 0) for statistic in (torch.mean, torch.std))
-        axes = [m + s * torch.linspace(-9, 9, 181) for m, s in zip(middle, spread, strict=True)]
-        cell = math.prod(float(axis[1] - axis[0]) for axis in axes)
-        mass = density.log_prob(torch.cartesian_prod(*axes)).exp().sum().item() * cell
-    assert mass == pytest.approx(1, abs=1e-2)
+        low, middle, high = density.sample(2000).nanquantile(torch.tensor([0.25, 0.5, 0.75]), 0)
+        t = torch.linspace(-5, 5, 201)  # x = middle + scale sinh t: fine in the middle, and out to 74 scales
+        x = middle + (high - low) * t.sinh()[:, None]
+        dx = (high - low) * t.cosh()[:, None] * (t[1] - t[0])
+        density_at = density.log_prob(torch.cartesian_prod(*x.T)).exp().reshape(201, 201)
+        mass = dx[:, 0] @ density_at.to(dx) @ dx[:, 1]
+    assert mass.item() == pytest.approx(1, abs=1e-2)
 
 
 @pytest.mark.parametrize("name", INVERTIBLE)
@@ -125,6 +126,7 @@ def test_samples_are_finite_and_the_way_back_leads_home(name: str, features: int
         assert samples.shape == (64, features) and samples.isfinite().all()
         assert density.log_prob(x, context).shape == (64,)
         if density.invertible:
+            density, x, context = density.double(), x.double(), None if context is None else context.double()
             back = density.to_data(density.to_noise(x, context), context)
             torch.testing.assert_close(back, x, atol=ROUND_TRIP[name], rtol=0)
         else:
@@ -152,9 +154,9 @@ def test_elementary_maps_are_inverted_wherever_they_bend(name: str) -> None:
 @pytest.mark.parametrize("name", CONDITIONAL)
 def test_a_context_moves_the_density_of_every_feature(name: str) -> None:
     density = shaken(name, 2, CONTEXT)
-    x, near, far = torch.zeros(2000, 2), torch.zeros(2000, CONTEXT), torch.full((2000, CONTEXT), 3.0)
+    x, near, far = torch.zeros(200, 2), torch.zeros(200, CONTEXT), torch.full((200, CONTEXT), 3.0)
     with torch.no_grad():
-        noise = torch.randn(2000, 2)
+        noise = torch.randn(200, 2)
         moved = (density.to_data(noise, near) - density.to_data(noise, far)).abs().mean(0)
         assert (moved > 1e-4).all()
         with exact(density):
