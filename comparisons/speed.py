@@ -254,7 +254,7 @@ SYSTEMS = ("ours", "normflows-residual", "nflows-realnvp", "normflows-realnvp", 
 def throughputs(features: int, settings: Settings) -> list[Throughput]:
     """Ours with branches of the settings' width, and the others as wide as its number of parameters allows."""
     data = torch.randn(settings.batch, features, device=settings.device)
-    parameters = parameter_count(METHODS["ours"].stack(features, settings.width))
+    parameters = parameter_count(METHODS["ours"].stack(features, settings.width, None))
     flows = [build(METHODS[name], features, parameters).to(settings.device) for name in SYSTEMS]
     steps = [training_step(flow, data, METHODS[name].after_step) for name, flow in zip(SYSTEMS, flows, strict=True)]
     for step in steps:

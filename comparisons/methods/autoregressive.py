@@ -58,7 +58,7 @@ METHODS = (
         "Germain, Gregor, Murray and Larochelle 2015, arXiv 1502.03509",
         made,
         ZukoDensity,
-        learning_rate=3e-3,
+        learning_rate=1e-2,
     ),
     Method(
         "nflows-maf",
@@ -76,6 +76,6 @@ METHODS = (
         "Kingma, Salimans, Jozefowicz, Chen, Sutskever and Welling 2016, arXiv 1606.04934",
         iaf,
         NflowsDensity,
-        learning_rate=3e-3,
+        learning_rate=1e-2,
     ),
 )

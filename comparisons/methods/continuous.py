@@ -46,6 +46,6 @@ METHODS = (
         "Grathwohl, Chen, Bettencourt, Sutskever and Duvenaud 2018, arXiv 1810.01367",
         ffjord,
         FfjordDensity,
-        learning_rate=3e-3,
+        learning_rate=1e-2,
     ),
 )

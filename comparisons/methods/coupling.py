@@ -111,7 +111,7 @@ METHODS = (
         "Dinh, Krueger and Bengio 2014, arXiv 1410.8516",
         nice,
         NflowsDensity,
-        learning_rate=3e-3,
+        learning_rate=1e-2,
     ),
     Method(
         "nflows-realnvp",
@@ -129,7 +129,7 @@ METHODS = (
         "Dinh, Sohl-Dickstein and Bengio 2016, arXiv 1605.08803",
         normflows_realnvp,
         NormflowsDensity,
-        learning_rate=3e-3,
+        learning_rate=1e-2,
         conditional=False,
     ),
     Method(
@@ -158,6 +158,6 @@ METHODS = (
         "Durkan, Bekasov, Murray and Papamakarios 2019, arXiv 1906.04032",
         normflows_spline,
         NormflowsDensity,
-        learning_rate=3e-3,
+        learning_rate=1e-2,
     ),
 )

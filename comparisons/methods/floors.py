@@ -19,6 +19,9 @@ BANDWIDTHS = np.geomspace(0.02, 1.0, 12)  # in the units of the data, which are 
 class Gaussian(nn.Module):
     """Mean and Cholesky factor of the covariance; a standard normal until it is fitted."""
 
+    mean: Tensor
+    factor: Tensor
+
     def __init__(self, features: int, width: int, context_features: int | None) -> None:
         super().__init__()
         self.register_buffer("mean", torch.zeros(features))

@@ -107,7 +107,7 @@ METHODS = (
         "Lu, Chen, Li, Wang and Zhu 2021, arXiv 2103.09527",
         impflow,
         NflowsDensity,
-        learning_rate=3e-3,
+        learning_rate=1e-2,
     ),
     Method(
         "normflows-residual",

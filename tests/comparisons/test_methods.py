@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import cache
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ TRAINED = [name for name, method in METHODS.items() if method.fit is None]
 INVERTIBLE = [name for name, method in METHODS.items() if method.host.invertible]
 PUBLISHED = ["NICE", "MADE", "MAF", "Real NVP", "Glow", "FFJORD", "i-ResNet", "Residual Flow", "ImpFlow"]
 
-# |x - to_data(to_noise(x))| in double precision. PEERS.md, D4: the solver of normflows stops early. FFJORD: two solves of the ODE to 1e-6.
+# |x - to_data(to_noise(x))| in double precision. normflows' solver stops early (PEERS.md, D4); FFJORD's stops at 1e-6.
 ROUND_TRIP = dict.fromkeys(METHODS, 1e-6) | {"normflows-residual": 2e-2, "ffjord": 1e-4}
 # log_prob against the Jacobian. FFJORD: zuko integrates the log-det a hundred times more coarsely.
 LOG_DET = dict.fromkeys(METHODS, 1e-3) | {"ffjord": 1e-2}
@@ -40,10 +41,41 @@ def shaken(name: str, features: int = 2, context_features: int | None = None) ->
         method.fit(density, x, torch.randn(256, features))
     density(x, contexts(256, context_features))  # ActNorm initialises itself
     for parameter in density.parameters():
-        parameter.data += 0.05 * torch.randn_like(parameter)
+        parameter.data += 0.03 * torch.randn_like(parameter)
     if method.after_step is not None:
         method.after_step(density)
     return density.eval()
+
+
+@cache
+def trained(name: str) -> tuple[Density, float, float]:
+    """After thirty steps, with the losses before and after."""
+    torch.manual_seed(0)
+    method, generator = METHODS[name], torch.Generator().manual_seed(0)
+    density, held_out = build(method, 2, BUDGET), banana(500, generator)
+    optimizer = torch.optim.Adam(density.parameters(), lr=max(method.grid))
+    density(held_out)  # ActNorm initialises itself
+
+    def loss() -> float:
+        with torch.no_grad(), exact(density.eval()):
+            return density(held_out).item()
+
+    before = loss()
+    density.train()
+    for _ in range(30):
+        optimizer.zero_grad()
+        density(banana(100, generator)).backward()
+        torch.nn.utils.clip_grad_norm_(density.parameters(), 5.0)
+        optimizer.step()
+        if method.after_step is not None:
+            method.after_step(density)
+    return density, before, loss()
+
+
+def banana(n: int, generator: torch.Generator) -> Tensor:
+    """A banana, off the middle and of unequal width: something for ActNorm, for scales and for bends."""
+    first, second = torch.randn(2, n, generator=generator)
+    return torch.stack([0.5 + 0.7 * first, 1.5 * first.square() + 0.5 * second - 1], 1)
 
 
 def contexts(rows: int, context_features: int | None) -> Tensor | None:
@@ -90,15 +122,18 @@ def test_looking_for_a_width_leaves_the_seed_alone() -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_the_density_integrates_to_one(name: str) -> None:
-    density = shaken(name)
+    """Or to the part of the samples that the grid holds: MAF has tails far away, and worse ones before training."""
+    density = trained(name)[0] if name in TRAINED else shaken(name)
     with torch.no_grad(), exact(density):
-        low, middle, high = density.sample(2000).nanquantile(torch.tensor([0.25, 0.5, 0.75]), 0)
-        t = torch.linspace(-5, 5, 201)  # x = middle + scale sinh t: fine in the middle, and out to 74 scales
+        samples = density.sample(5000)
+        low, middle, high = samples.quantile(torch.tensor([0.25, 0.5, 0.75]), 0)
+        t = torch.linspace(-3.5, 3.5, 201)  # x = middle + scale sinh t: fine in the middle, and out to 16 scales
         x = middle + (high - low) * t.sinh()[:, None]
         dx = (high - low) * t.cosh()[:, None] * (t[1] - t[0])
         density_at = density.log_prob(torch.cartesian_prod(*x.T)).exp().reshape(201, 201)
         mass = dx[:, 0] @ density_at.to(dx) @ dx[:, 1]
-    assert mass.item() == pytest.approx(1, abs=1e-2)
+        inside = ((samples >= x[0]) & (samples <= x[-1])).all(1).float().mean()
+    assert mass.item() == pytest.approx(inside.item(), abs=1e-2) and inside > 0.9
 
 
 @pytest.mark.parametrize("name", INVERTIBLE)
@@ -190,32 +225,8 @@ def test_a_context_that_does_not_fit_is_refused(name: str) -> None:
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_thirty_steps_lower_the_loss(name: str) -> None:
-    torch.manual_seed(0)
-    method, generator = METHODS[name], torch.Generator().manual_seed(0)
-    density, held_out = build(method, 2, BUDGET), skewed(500, generator)
-    optimizer = torch.optim.Adam(density.parameters(), lr=max(method.grid))
-    density(held_out)  # ActNorm initialises itself
-
-    def loss() -> float:
-        with torch.no_grad(), exact(density.eval()):
-            return density(held_out).item()
-
-    before = loss()
-    density.train()
-    for _ in range(30):
-        optimizer.zero_grad()
-        density(skewed(100, generator)).backward()
-        torch.nn.utils.clip_grad_norm_(density.parameters(), 5.0)
-        optimizer.step()
-        if method.after_step is not None:
-            method.after_step(density)
-    assert loss() < before - 0.02
-
-
-def skewed(n: int, generator: torch.Generator) -> Tensor:
-    """A banana, off the middle and of unequal width: something for ActNorm, for scales and for bends."""
-    first, second = torch.randn(2, n, generator=generator)
-    return torch.stack([0.5 + 0.7 * first, 1.5 * first.square() + 0.5 * second - 1], 1)
+    _, before, after = trained(name)
+    assert after < before - 0.02
 
 
 def test_the_gaussian_floor_is_the_best_gaussian() -> None:
