@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import torch
 from nflows.transforms import (
-    ActNorm,
     InverseTransform,
     MaskedAffineAutoregressiveTransform,
     ReversePermutation,
@@ -11,7 +11,7 @@ from nflows.transforms import (
 )
 from torch import nn
 
-from comparisons.methods.density import BLOCKS, Method
+from comparisons.methods.density import BLOCKS, ONE, Method
 from comparisons.methods.hosts import NflowsDensity, ZukoDensity, nflows_flow
 
 
@@ -38,15 +38,16 @@ def maf(features: int, width: int, context_features: int | None) -> nn.Module:
 def iaf(features: int, width: int, context_features: int | None) -> nn.Module:
     """MAF turned round: samples in one pass, densities feature by feature.
 
-    With ActNorm, since the transforms of nflows start by shrinking: eight of them turned round would blow up.
+    The transforms start as the identity: each feature is fed with those just computed, and what nflows starts with
+    grows beyond all bounds on the way through ten features and eight transforms.
     """
     transforms: list[Transform] = []
     for _ in range(BLOCKS):
-        transforms += [
-            ActNorm(features),
-            ReversePermutation(features),
-            InverseTransform(MaskedAffineAutoregressiveTransform(features, width, context_features)),
-        ]
+        transform = MaskedAffineAutoregressiveTransform(features, width, context_features)
+        last = transform.autoregressive_net.final_layer
+        nn.init.zeros_(last.weight)
+        last.bias.data = torch.tensor([ONE, 0.0]).repeat(features)  # for each feature scale and shift
+        transforms += [ReversePermutation(features), InverseTransform(transform)]
     return nflows_flow(features, transforms)
 
 

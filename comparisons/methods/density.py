@@ -7,6 +7,7 @@ one size.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from iresflow_plugin.swap import swap_transforms
 
 BLOCKS = 8  # transforms of a flow, where the family does not ask for another number
 RATES = (1e-3, 3e-3, 1e-2)
+ONE = math.log(math.e - 1)  # softplus(ONE) = 1: for maps that should start as the identity
 
 Stack = Callable[[int, int, int | None], nn.Module]
 Fit = Callable[[Any, Tensor, Tensor], None]

@@ -4,12 +4,12 @@ normflows has them from noise to data, without an inverse, hence without the den
 data to noise, the density is exact and cheap, and samples need the inverse. That is an equation in one unknown, which
 `Planar` and `Radial` here solve to round-off.
 
-They have no width: the number of maps grows with the budget instead, up to `DEEPEST`.
+They start as the identity, or so many in a row would not train. They have no width: the number of maps grows with the
+budget instead, up to `DEEPEST`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
 
@@ -18,12 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from comparisons.methods.density import Method
+from comparisons.methods.density import ONE, Method
 from comparisons.methods.hosts import NormflowsDensity, normflows_flow
 
 DEEPEST = 128  # the usual budgets would hold thousands of maps in a row: slow, and worse to train than these
 HALVINGS = 40  # more than the bits of a float's mantissa
-ONE = math.log(math.e - 1)  # softplus(ONE) = 1: with it the maps start as the identity, or so many would not train
 
 
 class Planar(normflows.flows.Planar):
