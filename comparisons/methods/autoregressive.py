@@ -38,14 +38,14 @@ def maf(features: int, width: int, context_features: int | None) -> nn.Module:
 def iaf(features: int, width: int, context_features: int | None) -> nn.Module:
     """MAF turned round: samples in one pass, densities feature by feature.
 
-    The transforms start as the identity: each feature is fed with those just computed, and what nflows starts with
+    The transforms start near the identity: each feature is fed with those just computed, and what nflows starts with
     grows beyond all bounds on the way through ten features and eight transforms.
     """
     transforms: list[Transform] = []
     for _ in range(BLOCKS):
         transform = MaskedAffineAutoregressiveTransform(features, width, context_features)
         last = transform.autoregressive_net.final_layer
-        nn.init.zeros_(last.weight)
+        last.weight.data *= 0.1
         last.bias.data = torch.tensor([ONE, 0.0]).repeat(features)  # for each feature scale and shift
         transforms += [ReversePermutation(features), InverseTransform(transform)]
     return nflows_flow(features, transforms)

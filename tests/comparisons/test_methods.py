@@ -122,15 +122,15 @@ def test_looking_for_a_width_leaves_the_seed_alone() -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_the_density_integrates_to_one(name: str) -> None:
-    """Or to the part of the samples that the grid holds: MAF has tails far away, and worse ones before training."""
+    """Or to the part of the samples that the grid holds: MAF and Glow throw some far away, and more before training."""
     density = trained(name)[0] if name in TRAINED else shaken(name)
     with torch.no_grad(), exact(density):
         samples = density.sample(5000)
-        low, middle, high = samples.quantile(torch.tensor([0.25, 0.5, 0.75]), 0)
-        t = torch.linspace(-3.5, 3.5, 201)  # x = middle + scale sinh t: fine in the middle, and out to 16 scales
+        low, middle, high = samples.nanquantile(torch.tensor([0.25, 0.5, 0.75]), 0)
+        t = torch.linspace(-3.5, 3.5, 161)  # x = middle + scale sinh t: fine in the middle, and out to 16 scales
         x = middle + (high - low) * t.sinh()[:, None]
         dx = (high - low) * t.cosh()[:, None] * (t[1] - t[0])
-        density_at = density.log_prob(torch.cartesian_prod(*x.T)).exp().reshape(201, 201)
+        density_at = density.log_prob(torch.cartesian_prod(*x.T)).exp().reshape(161, 161)
         mass = dx[:, 0] @ density_at.to(dx) @ dx[:, 1]
         inside = ((samples >= x[0]) & (samples <= x[-1])).all(1).float().mean()
     assert mass.item() == pytest.approx(inside.item(), abs=1e-2) and inside > 0.9
