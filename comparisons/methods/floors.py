@@ -1,4 +1,7 @@
-"""Floors of sanity, fitted once without an optimiser: what is worse than these has learnt nothing."""
+"""Floors of sanity, fitted once without an optimiser.
+
+What is worse than the Gaussian has learnt nothing. In the plane, with many points, the kernels are hard to beat.
+"""
 
 from __future__ import annotations
 
