@@ -23,7 +23,8 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="
 console = Console()
 
 QUICKSTART_TASKS = ["checkerboard", "digits", "gas-turbine"]
-QUICKSTART_METHODS = [*(name for pair in TWINS.items() for name in pair), "nflows-nsf"]
+QUICKSTART_TWINS = ["nflows-realnvp", "nflows-maf", "normflows-realnvp"]
+QUICKSTART_METHODS = [*(name for twin in QUICKSTART_TWINS for name in (twin, TWINS[twin])), "nflows-nsf"]
 TRAIN_TASKS = ["checkerboard"]
 TRAIN_METHODS = ["ours", "nflows-nsf", "nflows-realnvp", "nflows-maf", "normflows-residual"]
 # steps that let all cells end within five minutes on two cores

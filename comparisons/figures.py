@@ -18,7 +18,7 @@ PANEL = 2.4  # inches
 INK = "#333333"
 FAMILIES = [name for name in METHODS if name not in TWINS.values()]
 ORDER = [name for family in FAMILIES for name in (family, TWINS.get(family, family))]
-COLOURS = {name: colormaps["tab10"](number) for number, name in enumerate(FAMILIES)}
+COLOURS = {name: colormaps["tab20"](number) for number, name in enumerate(FAMILIES)}
 
 Arrays = dict[str, np.ndarray]
 

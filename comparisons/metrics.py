@@ -55,7 +55,9 @@ def sampling_seconds(density: Density, features: int, device: torch.device) -> f
 
 
 def inverse_error(density: Density, points: Points, fabric: Fabric) -> float:
-    """Largest |x - decode(encode(x))| over test points: what a round trip loses."""
+    """Largest |x - decode(encode(x))| over test points: what a round trip loses; NaN where there is no way back."""
+    if not density.invertible:
+        return math.nan
     rows = fabric.to_device(points.x[:TIMED_POINTS])
     with evaluating(density, points.x[0].numel()):
         return (density.to_data(density.to_noise(rows)) - rows).abs().max().item()

@@ -21,7 +21,7 @@ from comparisons.metrics import Estimate
 from comparisons.tasks.sources import REPOSITORY
 from comparisons.training import History
 
-PACKAGES = ("torch", "nflows", "normflows", "lightning", "numpy", "scikit-learn")
+PACKAGES = ("torch", "nflows", "normflows", "lightning", "zuko", "numpy", "scikit-learn")
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,6 @@ def their_flow(features: int, width: int) -> Density:
     return density
 
 
-@torch.no_grad()
 def side_by_side(features: int, settings: Settings) -> list[Versus]:
     """All quantities of both sides for events of one size."""
     data = torch.randn(settings.batch, features, device=settings.device)
@@ -248,7 +247,7 @@ SYSTEMS = ("ours", "normflows-residual", "nflows-realnvp", "normflows-realnvp", 
 def throughputs(features: int, settings: Settings) -> list[Throughput]:
     """Ours with branches of the settings' width, and the others as wide as its number of parameters allows."""
     data = torch.randn(settings.batch, features, device=settings.device)
-    parameters = parameter_count(METHODS["ours"].stack(features, settings.width))
+    parameters = parameter_count(METHODS["ours"].stack(features, settings.width, None))
     flows = [build(METHODS[name], features, parameters).to(settings.device) for name in SYSTEMS]
     steps = [training_step(flow, data, METHODS[name].after_step) for name, flow in zip(SYSTEMS, flows, strict=True)]
     for step in steps:

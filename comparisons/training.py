@@ -11,7 +11,7 @@ import torch
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 
-from comparisons.methods import Density, Method
+from comparisons.methods import Density, Fit, Method
 from comparisons.tasks import Points, Task
 from iresflow_plugin import ResidualBlock, using
 from iresflow_plugin.log_det import Exact, LogDet
@@ -21,6 +21,7 @@ VALIDATION_POINTS = 1000
 CLIP_NORM = 5.0
 EXACT_UP_TO = 64  # features: beyond this the exact log-det costs too much to be the yardstick
 EVALUATION_BATCH = 1000
+FITTED_POINTS = 10_000  # train points for methods that are fitted
 
 
 @dataclass
@@ -65,8 +66,11 @@ def train(
 ) -> History:
     """Adam with a cosine schedule on the negative log-likelihood; ends with the weights of the best validation.
 
-    Every method goes through here, and only learning rate and `after_step` differ. The seconds count training alone.
+    Every method goes through here, and only learning rate and `after_step` differ; one with `fit` needs no steps. The
+    seconds count training alone.
     """
+    if method.fit is not None:
+        return fit(density, task, method.fit, seed=seed, fabric=fabric)
     optimizer: torch.optim.Optimizer = torch.optim.Adam(density.parameters(), lr=method.learning_rate)
     model, optimizer = fabric.setup(density, optimizer)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -95,6 +99,17 @@ def train(
         on_step()
     density.load_state_dict(best)
     return history
+
+
+def fit(density: Density, task: Task, fit: Fit, *, seed: int, fabric: Fabric) -> History:
+    """Once, on fixed train points; the history has one entry, at no steps."""
+    started = time.perf_counter()
+    points = task.draw(FITTED_POINTS, torch.Generator().manual_seed(seed))
+    validation = task.validation[:VALIDATION_POINTS]
+    fit(density.to(fabric.device), fabric.to_device(points.x), fabric.to_device(validation.x))
+    seconds = time.perf_counter() - started
+    loss = -log_likelihoods(density, task.validation[:VALIDATION_POINTS], fabric).mean().item()
+    return History([0], [seconds], [loss])
 
 
 def snapshot(module: nn.Module) -> dict[str, Tensor]:

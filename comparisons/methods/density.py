@@ -1,0 +1,147 @@
+"""What a method is, what it builds, and how large.
+
+A stack is a function (features, width, context_features) -> host flow of that hidden width. The width is not written
+down: `build` takes the largest that keeps the flow within the task's number of parameters, so that all methods are of
+one size.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from iresflow_plugin.swap import swap_transforms
+
+BLOCKS = 8  # transforms of a flow, where the family does not ask for another number
+RATES = (1e-3, 3e-3, 1e-2)
+ONE = math.log(math.e - 1)  # softplus(ONE) = 1: for maps that should start as the identity
+
+Stack = Callable[[int, int, int | None], nn.Module]
+Fit = Callable[[Any, Tensor, Tensor], None]
+
+
+class Density(nn.Module):
+    """A host's flow under one set of names. Calling it gives the mean negative log-likelihood: the training loss.
+
+    Args:
+        flow: the host's model.
+        context_features: size of the context, which comes as one row per row of x, or per sample; None for none.
+        swap: the report of what was swapped for residual blocks; empty for an original.
+    """
+
+    flow: Any
+    invertible: ClassVar[bool] = True  # whether there are `to_noise` and `to_data`
+
+    def __init__(self, flow: nn.Module, context_features: int | None = None, swap: str = "") -> None:
+        super().__init__()
+        self.flow = flow
+        self.context_features = context_features
+        self.swap = swap
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        return -self.log_prob(x, context).mean()
+
+    def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        raise NotImplementedError
+
+    def sample(self, n: int, context: Tensor | None = None) -> Tensor:
+        raise NotImplementedError
+
+    def to_noise(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        raise NotImplementedError(f"{type(self).__name__} has no noise behind its data.")
+
+    def to_data(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        raise NotImplementedError(f"{type(self).__name__} has no noise behind its data.")
+
+    def given(self, rows: int, context: Tensor | None) -> tuple[Tensor, ...]:
+        """The context as the host's last argument, or nothing. Checked here: some hosts would ignore a wrong one."""
+        if context is None and self.context_features is None:
+            return ()
+        if self.context_features is None:
+            shape = tuple(torch.as_tensor(context).shape)
+            raise ValueError(
+                f"This density was built without a context and got one of shape {shape}; build it with "
+                f"context_features={shape[-1]}."
+            )
+        wanted, got = (rows, self.context_features), None if context is None else tuple(context.shape)
+        if context is None or got != wanted:
+            raise ValueError(f"context must have shape {wanted}, one row per row of the other argument, got {got}.")
+        return (context,)
+
+
+@dataclass(frozen=True)
+class Method:
+    """How to build one density, and how it likes to be trained.
+
+    Args:
+        name: as on the command line.
+        about: one sentence, beginning with the name in the literature.
+        family: coupling, autoregressive, elementary, continuous, residual, or floor.
+        reference: authors, year, arXiv number.
+        stack: (features, width, context_features) -> the host's model.
+        host: gives the model its names.
+        learning_rate: the default of Adam; 0 for a method with `fit`.
+        grid: learning rates worth trying, as many for every method; empty for a method with `fit`.
+        conditional: whether it can take a context.
+        largest: a width that is never exceeded, whatever the budget.
+        swapped: the transforms to be replaced by residual blocks.
+        after_step: what the host wants to be called after every optimiser step.
+        fit: (density, train points, validation points), called once in place of an optimiser.
+    """
+
+    name: str
+    about: str
+    family: str
+    reference: str
+    stack: Stack
+    host: type[Density]
+    learning_rate: float
+    grid: tuple[float, ...] = RATES
+    conditional: bool = True
+    largest: int = sys.maxsize
+    swapped: type[nn.Module] | None = None
+    after_step: Callable[[Density], None] | None = None
+    fit: Fit | None = None
+
+
+def parameter_count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def widest(method: Method, features: int, parameters: int, context_features: int | None = None) -> int:
+    """The largest hidden width with which the method's stack has at most so many parameters."""
+
+    def fits(width: int) -> bool:
+        if width > method.largest:
+            return False
+        with torch.random.fork_rng(devices=[]):  # trial flows must not shift the seed of the real one
+            return parameter_count(method.stack(features, width, context_features)) <= parameters
+
+    if not fits(1):
+        raise ValueError(f"no width brings {method.name} with {features} features down to {parameters} parameters")
+    low, high = 1, 2
+    while fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def build(method: Method, features: int, parameters: int, context_features: int | None = None) -> Density:
+    """The method's density for so many features, as large as the parameters allow."""
+    if context_features is not None and not method.conditional:
+        raise ValueError(
+            f"{method.name} takes no context, and context_features={context_features} was given; leave it out, or take "
+            "a method with `conditional`."
+        )
+    width = widest(method, features, parameters, context_features)
+    flow = method.stack(features, width, context_features)
+    swap = "" if method.swapped is None else str(swap_transforms(flow, method.swapped))
+    return method.host(flow, context_features, swap)
