@@ -129,14 +129,20 @@ def _pyro(name: str, **kwargs: Any) -> Callable[[], Any]:
 
 
 def _freia(name: str, **kwargs: Any) -> Callable[[], Any]:
-    def build() -> Any:
-        module = getattr(importlib.import_module("FrEIA.modules"), name)([(D,)], **kwargs)
-        if hasattr(module, "lipschitz_correction"):
-            for _ in range(50):  # as its users are told to do after every step
-                module.lipschitz_correction()
-        return module
+    return lambda: getattr(importlib.import_module("FrEIA.modules"), name)([(D,)], **kwargs)
 
-    return build
+
+def _trained_freia_residual() -> Any:
+    """FrEIA's block with a Jacobian that is large and varies, lipschitz_correction called after each step."""
+    block = _freia("IResNetLayer", internal_size=32, n_internal_layers=1)()
+    optimizer = torch.optim.Adam(block.parameters(), lr=1e-2)
+    for _ in range(300):
+        x = 2 * torch.randn(64, D)
+        optimizer.zero_grad()
+        (block.residual(x) - 0.9 * x.sin()).square().mean().backward()
+        optimizer.step()
+        block.lipschitz_correction()
+    return block
 
 
 def _freia_net(inputs: int, outputs: int) -> torch.nn.Module:
@@ -201,7 +207,7 @@ SUBJECTS = (
     Subject("Pyro coupling", _pyro("affine_coupling", hidden_dims=[16]), "pyro"),
     Subject("Pyro Permute", _pyro("permute"), "pyro"),
     Subject("FrEIA GLOWCouplingBlock", _freia("GLOWCouplingBlock", subnet_constructor=_freia_net), "FrEIA"),
-    Subject("FrEIA IResNetLayer", _freia("IResNetLayer", internal_size=16, n_internal_layers=2), "FrEIA"),
+    Subject("FrEIA IResNetLayer, trained", _trained_freia_residual, "FrEIA"),
     Subject("torchflows InvertibleResNetBlock", _torchflows, "torchflows"),
 )
 
