@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from comparisons.methods import BLOCKS
-from comparisons.results import provenance
+from comparisons.provenance import provenance
 from comparisons.speed import (
     LIPSCHITZ,
     SCALE,

@@ -13,7 +13,7 @@ from matplotlib.text import Annotation
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from matplotlib.transforms import Bbox
 
-from comparisons.diagnostics import InverseWork, LipschitzRow, LogDetWork
+from comparisons.diagnostics import InverseWork, BlockRow, LogDetWork
 from comparisons.figures import COLOURS, INK, PANEL, family
 from comparisons.methods import TWINS
 from comparisons.results import Result
@@ -31,7 +31,7 @@ HALO: list[AbstractPathEffect] = [withStroke(linewidth=2, foreground="white")]  
 Row = TypeVar("Row")
 
 
-def lipschitz_figure(rows: Sequence[LipschitzRow], title: str) -> Figure:
+def lipschitz_figure(rows: Sequence[BlockRow], title: str) -> Figure:
     """The certified bound of every block over what its Jacobian does at the data: the gap is room not used."""
     figure, panel = single(title, width=0.35 * len(rows) + 3.2)
     numbers = [row.block for row in rows]

@@ -1,8 +1,7 @@
 """What goes on inside a flow of residual blocks: how much of its bound a block uses, what log-dets and inverses cost.
 
     visits = visit_blocks(flow, x)            every residual block, with the inputs it meets when the flow sees x
-    lipschitz_rows(visits)                    certified bound beside the measured norm of the Jacobian
-    inverse_rows(visits)                      evaluations and errors of each block's own solver
+    block_rows(visits)                        certified bound, measured norm of the Jacobian, cost of the inverse
     log_det_work(visits)                      error against cost for every estimator
     inverse_work(visits)                      error against cost for every solver
     round_trip(density, x)                    what data -> noise -> data loses, for any flow
@@ -87,21 +86,26 @@ def _note(visits: list[Visit], block: ResidualBlock, g: Map, x: Tensor) -> Estim
 
 
 @dataclass(frozen=True)
-class LipschitzRow:
-    """One block: the certified bound of Lip(g), and the largest singular value of its Jacobian over the points."""
+class BlockRow:
+    """One block: the certified bound of Lip(g), the largest singular value of its Jacobian at the points, and the
+    evaluations of g that its own solver takes for a point."""
 
     block: int
     bound: float
     measured: float  # largest
     median: float
+    evaluations: float  # mean
 
 
-def lipschitz_rows(visits: Sequence[Visit]) -> list[LipschitzRow]:
+@torch.no_grad()
+def block_rows(visits: Sequence[Visit]) -> list[BlockRow]:
     """The slack between bound and measured norm is room that the block cannot use."""
     rows = []
     for number, visit in enumerate(visits, start=1):
         measured = jacobian_norms(visit.g, visit.x)
-        rows.append(LipschitzRow(number, visit.g.bound, measured.max().item(), measured.median().item()))
+        solver = replace(visit.block.solver, on_failure="return")  # a failure is a finding here
+        evaluations = solver.solve(visit.g, visit.x + visit.g(visit.x)).evaluations.double().mean().item()
+        rows.append(BlockRow(number, visit.g.bound, measured.max().item(), measured.median().item(), evaluations))
     return rows
 
 
@@ -258,9 +262,9 @@ def exact_log_det(visit: Visit) -> Tensor:
 
 @dataclass(frozen=True)
 class InverseWork:
-    """One solve, or the mean over blocks: evaluations per point, the true error |x - x*|, and the certified one."""
+    """One solver at one tolerance: evaluations per point, the true error |x - x*|, and the certified one."""
 
-    name: str  # of the solver, or of the block
+    name: str  # of the solver
     tolerance: float | None
     evaluations: float  # mean over points
     most_evaluations: int
@@ -268,12 +272,6 @@ class InverseWork:
     certified: float  # largest over points; never below the error
     converged: float  # share of the points
     seconds: float  # per point, within a batch
-
-
-@torch.no_grad()
-def inverse_rows(visits: Sequence[Visit]) -> list[InverseWork]:
-    """One row a block: what the inverse by the block's own solver costs, and how well it does."""
-    return [solve_work([visit], f"block {number}", visit.block.solver) for number, visit in enumerate(visits, start=1)]
 
 
 @torch.no_grad()
@@ -330,8 +328,8 @@ def round_trip(density: Density, x: Tensor) -> RoundTrip:
     return RoundTrip(back.median().item(), back.max().item(), len(lost) - len(back))
 
 
-def training_memory(density: Density, method: Method, x: Tensor) -> float:
+def training_memory(density: Density, method: Method, x: Tensor, context: Tensor | None = None) -> float:
     """Peak memory of one training step on the batch x in MB, beyond weights and optimiser state; trains a copy."""
-    step: Any = training_step(copy.deepcopy(density).train(), x, method.after_step)
+    step: Any = training_step(copy.deepcopy(density).train(), x, method.after_step, context)
     step()  # sets ActNorm from the data, and the optimiser's state
     return peak_megabytes(step, x.device)

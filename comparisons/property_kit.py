@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from comparisons.bench import as_text
-from comparisons.results import provenance
+from comparisons.provenance import provenance
 from comparisons.tables import PROGRESS_COLUMNS
 from iresflow_plugin.nets import LipschitzMLP
 from iresflow_plugin.testing import CHECKS, Outcome, Report, check_transform, scale_weights

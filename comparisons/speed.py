@@ -299,13 +299,18 @@ def certificate_cost(features: int, settings: Settings) -> list[CertificateCost]
 # measuring -------------------------------------------------------------------------------------------
 
 
-def training_step(density: Density, data: Tensor, after_step: Callable[[Density], None] | None = None) -> Call:
+def training_step(
+    density: Density,
+    data: Tensor,
+    after_step: Callable[[Density], None] | None = None,
+    context: Tensor | None = None,
+) -> Call:
     """Loss, backward, Adam."""
     optimizer = torch.optim.Adam(density.parameters(), lr=1e-4)
 
     def step() -> None:
         optimizer.zero_grad()
-        density(data).backward()
+        density(data, context).backward()
         optimizer.step()
         if after_step is not None:
             after_step(density)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 from comparisons.methods import Density, Fit, Method
+from comparisons.settings import Budget
 from comparisons.tasks import Points, Task
 from iresflow_plugin import ResidualBlock, using
 from iresflow_plugin.log_det import Exact, LogDet
@@ -19,9 +24,11 @@ from iresflow_plugin.log_det import Exact, LogDet
 VALIDATIONS = 20
 VALIDATION_POINTS = 1000
 CLIP_NORM = 5.0
+FITTED_POINTS = 10_000  # for methods that are fitted and not trained
 EXACT_UP_TO = 64  # features: beyond this the exact log-det costs too much to be the yardstick
 EVALUATION_BATCH = 1000
-FITTED_POINTS = 10_000  # train points for methods that are fitted
+
+OnProgress = Callable[[float], None]  # is told the share of the training that is done
 
 
 @dataclass
@@ -31,6 +38,15 @@ class History:
     steps: list[int] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     validation: list[float] = field(default_factory=list)
+
+    def add(self, step: int, seconds: float, loss: float) -> None:
+        self.steps.append(step)
+        self.seconds.append(seconds)
+        self.validation.append(loss)
+
+    @property
+    def best(self) -> float:
+        return min(self.validation, default=math.inf)
 
 
 @contextmanager
@@ -48,11 +64,18 @@ def evaluating(density: Density, features: int, log_det: LogDet | None = None) -
         density.train(training)
 
 
+def ready(points: Points, density: Density, fabric: Fabric) -> Points:
+    """On the density's device and in its dtype."""
+    dtype = next((p.dtype for p in (*density.parameters(), *density.buffers()) if p.is_floating_point()), torch.float32)
+    context = None if points.context is None else points.context.to(fabric.device, dtype)
+    return Points(points.x.to(fabric.device, dtype), context)
+
+
 def log_likelihoods(density: Density, points: Points, fabric: Fabric) -> Tensor:
     """log p of every point, in nats, with the evaluation's log-det."""
     with evaluating(density, points.x[0].numel()):
-        batches = [batch.to(fabric.device) for batch in points.split(EVALUATION_BATCH)]
-        return torch.cat([density.log_prob(batch.x, batch.context).cpu() for batch in batches])
+        rows = (ready(part, density, fabric) for part in points.split(EVALUATION_BATCH))
+        return torch.cat([density.log_prob(part.x, part.context).float().cpu() for part in rows])
 
 
 def synchronise(device: torch.device) -> None:
@@ -62,43 +85,74 @@ def synchronise(device: torch.device) -> None:
 
 
 def train(
-    density: Density, task: Task, method: Method, *, steps: int, seed: int, fabric: Fabric, on_step: Callable[[], None]
+    density: Density,
+    task: Task,
+    method: Method,
+    *,
+    rate: float,
+    budget: Budget,
+    seed: int,
+    fabric: Fabric,
+    on_progress: OnProgress,
+    checkpoint: Path | None = None,
 ) -> History:
     """Adam with a cosine schedule on the negative log-likelihood; ends with the weights of the best validation.
 
     Every method goes through here, and only learning rate and `after_step` differ; one with `fit` needs no steps. The
-    seconds count training alone.
+    seconds count training alone. Where `checkpoint` is a file, training goes on from it, to the same numbers.
     """
     if method.fit is not None:
         return fit(density, task, method.fit, seed=seed, fabric=fabric)
-    optimizer: torch.optim.Optimizer = torch.optim.Adam(density.parameters(), lr=method.learning_rate)
+    generator, size = torch.Generator().manual_seed(seed), budget.batch or task.batch
+    meet(density, ready(task.draw(size, torch.Generator().manual_seed(seed)), density.to(fabric.device), fabric))
+    optimizer: torch.optim.Optimizer = torch.optim.Adam(density.parameters(), lr=rate)
     model, optimizer = fabric.setup(density, optimizer)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    generator = torch.Generator().manual_seed(seed)
-    history, best, clock = History(), snapshot(density), 0.0
-    check = {max(1, round(steps * part / VALIDATIONS)) for part in range(VALIDATIONS + 1)}
-    for step in range(1, steps + 1):
+    state = State(best=snapshot(density))
+    if checkpoint is not None and checkpoint.is_file():
+        state = load(checkpoint, density, optimizer, generator)
+    while (spent := budget.spent(state.step, state.seconds)) < 1:
         started = time.perf_counter()
+        for group in optimizer.param_groups:
+            group["lr"] = rate * (1 + math.cos(math.pi * spent)) / 2
+        # all processes draw the same batch and take a part each: the gradient is that of one process
+        part = task.draw(size, generator)[fabric.global_rank :: fabric.world_size].to(fabric.device)
         optimizer.zero_grad()
-        batch = task.draw(task.batch, generator).to(fabric.device)
-        fabric.backward(model(batch.x, batch.context))
+        fabric.backward(model(part.x, part.context))
         fabric.clip_gradients(model, optimizer, max_norm=CLIP_NORM)
         optimizer.step()
-        schedule.step()
         if method.after_step is not None:
             method.after_step(density)
         synchronise(fabric.device)
-        clock += time.perf_counter() - started
-        if step in check:
-            loss = -log_likelihoods(density, task.validation[:VALIDATION_POINTS], fabric).mean().item()
-            if loss < min(history.validation, default=float("inf")):
-                best = snapshot(density)
-            history.steps.append(step)
-            history.seconds.append(clock)
-            history.validation.append(loss)
-        on_step()
-    density.load_state_dict(best)
-    return history
+        state.step += 1
+        state.seconds = common(state.seconds + time.perf_counter() - started, fabric)
+        now = budget.spent(state.step, state.seconds)
+        if state.step == 1 or int(VALIDATIONS * now) > int(VALIDATIONS * spent):
+            validate(state, density, task, fabric)
+            if checkpoint is not None and fabric.is_global_zero:
+                save(checkpoint, state, density, optimizer, generator)
+        on_progress(min(now, 1.0))
+    density.load_state_dict(state.best)
+    return state.history
+
+
+def meet(density: Density, points: Points) -> None:
+    """Layers that look at their first batch, such as ActNorm, see a whole one, the same in every process."""
+    density.train()
+    with torch.no_grad():
+        density(points.x, points.context)
+
+
+def common(seconds: float, fabric: Fabric) -> float:
+    """The clock of the first process, by which all of them stop together."""
+    return seconds if fabric.world_size == 1 else fabric.broadcast(seconds)
+
+
+def validate(state: State, density: Density, task: Task, fabric: Fabric) -> None:
+    loss = -log_likelihoods(density, task.validation[:VALIDATION_POINTS], fabric).mean().item()
+    if loss < state.history.best:
+        state.best = snapshot(density)
+    state.history.add(state.step, state.seconds, loss)
+    fabric.log_dict({"validation": loss, "seconds": state.seconds}, step=state.step)
 
 
 def fit(density: Density, task: Task, fit: Fit, *, seed: int, fabric: Fabric) -> History:
@@ -108,8 +162,51 @@ def fit(density: Density, task: Task, fit: Fit, *, seed: int, fabric: Fabric) ->
     validation = task.validation[:VALIDATION_POINTS]
     fit(density.to(fabric.device), fabric.to_device(points.x), fabric.to_device(validation.x))
     seconds = time.perf_counter() - started
-    loss = -log_likelihoods(density, task.validation[:VALIDATION_POINTS], fabric).mean().item()
-    return History([0], [seconds], [loss])
+    return History([0], [seconds], [-log_likelihoods(density, validation, fabric).mean().item()])
+
+
+# what goes on after a kill ----------------------------------------------------------------------------
+
+
+@dataclass
+class State:
+    """Where a training stands, beside weights, optimiser and random generators."""
+
+    best: dict[str, Tensor]
+    step: int = 0
+    seconds: float = 0.0
+    history: History = field(default_factory=History)
+
+
+def save(
+    path: Path, state: State, density: nn.Module, optimizer: torch.optim.Optimizer, generator: torch.Generator
+) -> None:
+    """Atomically: the file is the old checkpoint or the new one, never half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content: dict[str, Any] = {
+        "density": density.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "generator": generator.get_state(),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        **{name: getattr(state, name) for name in ("best", "step", "seconds")},
+        "history": asdict(state.history),
+    }
+    unfinished = path.with_suffix(".unfinished")
+    torch.save(content, unfinished)
+    os.replace(unfinished, path)
+
+
+def load(path: Path, density: nn.Module, optimizer: torch.optim.Optimizer, generator: torch.Generator) -> State:
+    """Put everything back; the state says how far the training had come."""
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    density.load_state_dict(content["density"])
+    optimizer.load_state_dict(content["optimizer"])
+    generator.set_state(content["generator"])
+    torch.set_rng_state(content["torch"])
+    if content["cuda"]:
+        torch.cuda.set_rng_state_all(content["cuda"])
+    return State(content["best"], content["step"], content["seconds"], History(**content["history"]))
 
 
 def snapshot(module: nn.Module) -> dict[str, Tensor]:

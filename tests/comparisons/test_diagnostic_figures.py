@@ -13,7 +13,7 @@ from comparisons.diagnostic_figures import (
     overlap,
     speed_quality_figure,
 )
-from comparisons.diagnostics import InverseWork, LipschitzRow, LogDetWork
+from comparisons.diagnostics import InverseWork, BlockRow, LogDetWork
 from comparisons.methods import METHODS, TWINS
 from comparisons.metrics import Estimate
 from comparisons.results import Result
@@ -32,7 +32,7 @@ def crowd() -> list[Result]:
 
 
 def test_lipschitz_figure_draws_every_block() -> None:
-    rows = [LipschitzRow(number, 0.97, 0.5, 0.2) for number in range(1, 101)]
+    rows = [BlockRow(number, 0.97, 0.5, 0.2, 4.0) for number in range(1, 101)]
     (panel,) = lipschitz_figure(rows, "100 blocks").axes
     assert len(panel.patches) == 100
     assert len(panel.get_xticks()) <= 16
