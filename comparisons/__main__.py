@@ -1,6 +1,7 @@
 """Residual blocks against ordinary flows: one training loop, real data, one report.
 
-Start with `python -m comparisons quickstart`: five minutes, no download.
+Start with `python -m comparisons quickstart`: five minutes, no download. Then `run` compares what you choose, `swap`
+does it with a flow of yours, and `report` shows a finished or an interrupted run again.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ from typing import Annotated
 import torch
 import typer
 from rich.console import Console
+from rich.table import Table
 
 from comparisons.methods import METHODS, TWINS
-from comparisons.tasks import TASKS, is_file
+from comparisons.settings import Budget, Machine
+from comparisons.tasks import SUITES, TASKS, is_file
 
 # the commands import what they run: the help should not wait for lightning
 
@@ -25,21 +28,21 @@ console = Console()
 QUICKSTART_TASKS = ["checkerboard", "digits", "gas-turbine"]
 QUICKSTART_TWINS = ["nflows-realnvp", "nflows-maf", "normflows-realnvp"]
 QUICKSTART_METHODS = [*(name for twin in QUICKSTART_TWINS for name in (twin, TWINS[twin])), "nflows-nsf"]
-TRAIN_TASKS = ["checkerboard"]
-TRAIN_METHODS = ["ours", "nflows-nsf", "nflows-realnvp", "nflows-maf", "normflows-residual"]
-# steps that let all cells end within five minutes on two cores
-QUICKSTART_STEPS = {"digits": 200}
-USUAL_STEPS = 500
+QUICKSTART_BUDGETS = {"digits": Budget(steps=200)}  # lets all cells end within five minutes on two cores
+QUICKSTART_BUDGET = Budget(steps=500)
+SMOKE = Budget(steps=3)
+STEPS = 500
+SWAP_TASKS = ["checkerboard"]
 
 
 def known(kind: str, names: Collection[str]) -> Callable[[list[str]], list[str]]:
     """A callback that refuses a name that is not in the table, and lists those that are."""
 
-    def check(values: list[str]) -> list[str]:
-        for value in values:
+    def check(values: list[str] | None) -> list[str]:
+        for value in values or []:
             if value not in names:
                 raise typer.BadParameter(f"there is no {kind} {value!r}; there are: {', '.join(names)}.")
-        return values
+        return values or []
 
     return check
 
@@ -52,42 +55,70 @@ def available(device: str) -> str:
     return device
 
 
-def tasks_or_files(values: list[str]) -> list[str]:
-    """A callback that refuses what is neither a task nor a file that is there."""
-    for value in values:
-        if is_file(value) and not Path(value).is_file():
+def files(values: list[str] | None) -> list[str]:
+    """A callback that refuses what is no file that is there."""
+    for value in values or []:
+        if not Path(value).is_file():
             raise typer.BadParameter(f"there is no file {value!r}.")
-    known("task", TASKS)([value for value in values if not is_file(value)])
-    return values
+        if not is_file(value):
+            raise typer.BadParameter(f"{value!r} must end in .csv, .npy or .npz.")
+    return values or []
 
 
 Tasks = Annotated[
+    list[str], typer.Option("--task", help=f"Repeatable: {', '.join(TASKS)}.", callback=known("task", TASKS))
+]
+Suites = Annotated[
     list[str],
     typer.Option(
-        "--task",
-        help=f"Repeatable: {', '.join(TASKS)}, or the path of a .csv, .npy or .npz file.",
-        callback=tasks_or_files,
+        "--suite",
+        help="Repeatable, a set of tasks: " + "; ".join(f"{name} ({', '.join(tasks)})" for name, tasks in SUITES.items()),
+        callback=known("suite", SUITES),
     ),
 ]
-Methods = Annotated[
-    list[str], typer.Option("--method", help=f"Repeatable: {', '.join(METHODS)}.", callback=known("method", METHODS))
+Data = Annotated[
+    list[str],
+    typer.Option("--data", help="Repeatable: your own table, a .csv, .npy or .npz file, as a task.", callback=files),
 ]
-Out = Annotated[Path, typer.Option(help="Folder for report.html, results.json and the arrays behind the pictures.")]
-Seed = Annotated[int, typer.Option(help="The torch seed of every cell.")]
-Workers = Annotated[int, typer.Option(min=1, help="Cells that run side by side, each with one thread.")]
+Columns = Annotated[
+    list[str], typer.Option("--context", help="Repeatable: a column of your files that is given, not modelled.")
+]
+Methods = Annotated[
+    list[str],
+    typer.Option("--method", help=f"Repeatable, by default all: {', '.join(METHODS)}.", callback=known("method", METHODS)),
+]
+Seeds = Annotated[int, typer.Option(min=1, help="How many trainings of every method; with one there are no intervals.")]
+Seed = Annotated[int, typer.Option(help="The first torch seed.")]
+Steps = Annotated[int, typer.Option(min=1, help="Training steps of every cell.")]
+Seconds = Annotated[
+    float | None, typer.Option(min=0.01, help="Seconds of training of every cell, in place of steps: equal wall-clock.")
+]
+Parameters = Annotated[
+    int | None, typer.Option(min=1, help="Parameters of every model, by which widths are chosen; by default the task's.")
+]
+Batch = Annotated[int | None, typer.Option(min=1, help="Points in a step; by default the task's.")]
+Tune = Annotated[
+    bool,
+    typer.Option(
+        "--tune", help="Try each method's learning rates on each task first, in a quarter of the budget; validation decides."
+    ),
+]
 Device = Annotated[str, typer.Option(help="cpu or cuda.", callback=available)]
+Precision = Annotated[str, typer.Option(help="As lightning Fabric calls it: 32-true, 64-true, bf16-mixed, 16-mixed.")]
+Devices = Annotated[int, typer.Option(min=1, help="Processes that share every training, one a device.")]
+Nodes = Annotated[int, typer.Option(min=1, help="Nodes that share every training; start the same command by torchrun.")]
+Workers = Annotated[int, typer.Option(min=1, help="Cells that run side by side, each with one thread.")]
+Out = Annotated[Path, typer.Option(help="Folder of the run. The same command goes on with what is there.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Throw away what is in the folder.")]
+TensorBoard = Annotated[bool, typer.Option("--tensorboard", help="Write logs for TensorBoard into the folder.")]
+Folder = Annotated[Path, typer.Argument(help="The folder of a run.", exists=True, file_okay=False)]
 
 
 @app.command()
 def quickstart(
-    task: Tasks = QUICKSTART_TASKS,
-    method: Methods = QUICKSTART_METHODS,
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="Training steps of every cell; by default a few hundred, by task.")
-    ] = None,
     seed: Seed = 0,
-    device: Device = "cpu",
     workers: Workers = 2,
+    fresh: Fresh = False,
     out: Out = Path("quickstart-results"),
 ) -> None:
     """Swap the transforms of ordinary flows for residual blocks, train both, and compare.
@@ -96,33 +127,150 @@ def quickstart(
     parameters, trains originals and twins on a 2-D toy, on scikit-learn's digits, and on the gas turbine set where
     `../shared/data` or `$IRESFLOW_DATA` has it. Ctrl-C keeps what is finished.
     """
-    from comparisons.compare import compare
+    from comparisons.run import Plan, run
 
-    chosen = {name: steps or QUICKSTART_STEPS.get(name, USUAL_STEPS) for name in task}
-    raise typer.Exit(compare(chosen, method, seed=seed, device=device, workers=workers, out=out, console=console))
+    plan = Plan(
+        QUICKSTART_TASKS,
+        [METHODS[name] for name in QUICKSTART_METHODS],
+        [seed],
+        QUICKSTART_BUDGET,
+        out,
+        budgets=QUICKSTART_BUDGETS,
+        workers=workers,
+        fresh=fresh,
+    )
+    raise typer.Exit(run(plan, console))
+
+
+@app.command("run")
+def run_(
+    suite: Suites = [],  # noqa: B006 - typer's way
+    task: Tasks = [],  # noqa: B006
+    data: Data = [],  # noqa: B006
+    context: Columns = [],  # noqa: B006
+    method: Methods = [],  # noqa: B006
+    seeds: Seeds = 1,
+    seed: Seed = 0,
+    steps: Steps = STEPS,
+    seconds: Seconds = None,
+    parameters: Parameters = None,
+    batch: Batch = None,
+    tune: Tune = False,
+    device: Device = "cpu",
+    precision: Precision = "32-true",
+    devices: Devices = 1,
+    nodes: Nodes = 1,
+    workers: Workers = 2,
+    out: Out = Path("run-results"),
+    fresh: Fresh = False,
+    tensorboard: TensorBoard = False,
+) -> None:
+    """Train methods on tasks with equal budgets, measure, and report.
+
+    For example `python -m comparisons run --suite toy --seeds 3`, or `python -m comparisons run --data my.csv`.
+    A run that was broken off, even by a kill, goes on when it is started again; more seeds, tasks or methods can be
+    added to it.
+    """
+    from comparisons.run import Plan, run
+
+    tasks = list(dict.fromkeys([*(name for part in suite for name in SUITES[part]), *task, *data]))
+    if not tasks:
+        raise typer.BadParameter(f"nothing to run on; give --suite ({', '.join(SUITES)}), --task or --data.")
+    budget = Budget(steps, seconds, parameters, batch)
+    if suite == ["smoke"] and steps == STEPS and seconds is None:
+        budget = replace(budget, steps=SMOKE.steps)
+    plan = Plan(
+        tasks,
+        [METHODS[name] for name in method or METHODS],
+        range(seed, seed + seeds),
+        budget,
+        out,
+        columns=tuple(context),
+        tune=tune,
+        machine=Machine(device, precision, devices, nodes),
+        workers=workers,
+        fresh=fresh,
+        tensorboard=tensorboard,
+    )
+    raise typer.Exit(run(plan, console))
 
 
 @app.command()
-def train(
-    task: Tasks = TRAIN_TASKS,
-    method: Methods = TRAIN_METHODS,
-    steps: Annotated[int, typer.Option(min=1, help="Training steps of every cell.")] = 1500,
+def swap(
+    flow: Annotated[str, typer.Argument(metavar="MODULE:FLOW", help="A flow, or a function that makes one.")],
+    replaced: Annotated[
+        list[str],
+        typer.Option("--replace", help="Repeatable: classes to be replaced; by default couplings and autoregressive ones."),
+    ] = [],  # noqa: B006
+    task: Tasks = SWAP_TASKS,
+    data: Data = [],  # noqa: B006
+    context: Columns = [],  # noqa: B006
+    rate: Annotated[float, typer.Option(help="Adam's learning rate for your flow.")] = 3e-3,
+    swapped_rate: Annotated[float, typer.Option(help="And for its swapped twin.")] = METHODS["ours"].learning_rate,
+    seeds: Seeds = 1,
     seed: Seed = 0,
+    steps: Steps = STEPS,
+    seconds: Seconds = None,
+    batch: Batch = None,
     device: Device = "cpu",
     workers: Workers = 2,
-    out: Out = Path("train-results"),
+    out: Out = Path("swap-results"),
+    fresh: Fresh = False,
 ) -> None:
-    """Train methods of equal size on a task for longer, and compare: the numbers that the defaults were chosen by."""
-    from comparisons.compare import compare
+    """Swap transforms of YOUR nflows or normflows model for residual blocks, train both, and compare.
 
-    chosen = dict.fromkeys(task, steps)
-    raise typer.Exit(compare(chosen, method, seed=seed, device=device, workers=workers, out=out, console=console))
+    For example `python -m comparisons swap my_models:make_flow --data my.csv`, from the folder of my_models.py.
+    With `--data`, the default task is left out.
+    """
+    from comparisons.methods.users import users_methods
+    from comparisons.run import Plan, run
+
+    try:
+        methods = users_methods(flow, tuple(replaced), rate, swapped_rate)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    tasks = [*([] if data and task == SWAP_TASKS else task), *data]
+    plan = Plan(
+        tasks,
+        methods,
+        range(seed, seed + seeds),
+        Budget(steps, seconds, None, batch),
+        out,
+        columns=tuple(context),
+        machine=Machine(device),
+        workers=workers,
+        fresh=fresh,
+    )
+    raise typer.Exit(run(plan, console))
+
+
+@app.command("data")
+def data_(
+    name: Annotated[list[str] | None, typer.Argument(help="Tasks, or paths of your files; none: all tasks.")] = None,
+    context: Columns = [],  # noqa: B006
+) -> None:
+    """What the tasks are: how many points, of what size, and what is done to them before training."""
+    from comparisons.tasks import DataNotFoundError, load
+
+    table = Table(title="Tasks", title_justify="left")
+    for heading in ("task", "features", "context", "train to", "validation", "test", "about, and preprocessing"):
+        table.add_column(heading)
+    for one in name or TASKS:
+        try:
+            task = load(one, context if is_file(one) else ())
+        except (DataNotFoundError, ValueError) as error:
+            table.add_row(one, "-", "-", "-", "-", "-", f"[yellow]{error}[/]")
+            continue
+        text = "; ".join([task.about, *task.preprocessing])
+        sizes = [task.features, task.context_features or "-", f"{task.parameters:,} parameters"]
+        table.add_row(task.name, *map(str, sizes), f"{len(task.validation):,}", f"{len(task.test):,}", text)
+    console.print(table)
 
 
 @app.command()
 def bench(
     quick: Annotated[bool, typer.Option("--quick", help="A smoke test: tiny sizes, numbers without meaning.")] = False,
-    seed: Seed = 0,
+    seed: Annotated[int, typer.Option(help="The torch seed.")] = 0,
     device: Device = "cpu",
     out: Annotated[Path, typer.Option(help="Folder for bench.json and bench.md.")] = Path("bench-results"),
 ) -> None:
@@ -143,20 +291,29 @@ def property_kit(
     out: Annotated[Path, typer.Option(help="Folder for property_kit.md.")] = Path("property-kit-results"),
 ) -> None:
     """Point the property kit at transforms of every host that is installed: which are sound, and what is not."""
-    from comparisons.property_kit import property_kit as run
+    from comparisons.property_kit import property_kit as run_kit
 
-    raise typer.Exit(run(name or [], out, console))
+    raise typer.Exit(run_kit(name or [], out, console))
 
 
 @app.command()
-def report(
-    folder: Annotated[Path, typer.Argument(help="A folder that quickstart or train wrote.", exists=True)],
-) -> None:
-    """Build the report of a finished or interrupted run anew."""
-    from comparisons.report import write_report
+def report(folder: Folder) -> None:
+    """Build report.html and report.md of a finished or interrupted run anew."""
+    from comparisons.report import write_markdown, write_report
     from comparisons.results import Store
 
-    console.print(f"Report: {write_report(Store(folder))}", highlight=False)
+    store = Store(folder)
+    console.print(f"Tables: {write_markdown(store)}", f"Report: {write_report(store)}", sep="\n", highlight=False)
+
+
+@app.command()
+def figures(folder: Folder) -> None:
+    """Write every picture of a run as a file of its own."""
+    from comparisons.report import write_figures
+    from comparisons.results import Store
+
+    for path in write_figures(Store(folder)):
+        console.print(path, highlight=False)
 
 
 if __name__ == "__main__":

@@ -1,80 +1,207 @@
-"""One cell of a comparison: one method, trained and measured on one task."""
+"""One cell of a comparison: one method, trained and measured on one task with one seed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from lightning.fabric import Fabric, seed_everything
+from lightning.fabric.loggers import TensorBoardLogger
+from torch import Tensor
 
-from comparisons import metrics
-from comparisons.methods import METHODS, Density, build, parameter_count
-from comparisons.results import Result
-from comparisons.tasks import Points, Task
-from comparisons.training import evaluating, log_likelihoods, train
+from comparisons import diagnostics, metrics
+from comparisons.methods import Density, Method, build, parameter_count
+from comparisons.results import Key, Result, Trial, cell_name
+from comparisons.settings import Budget, Machine
+from comparisons.tasks import Points, Task, load
+from comparisons.training import History, OnProgress, evaluating, log_likelihoods, ready, train
 
 GRID = 150  # points a side of a heat map
 SHOWN = {"plane": 4000, "table": 3000, "image": 64}  # samples kept for pictures
+LOOKED_INTO = 64  # points at which the errors of log-dets and inverses are measured
+TRIAL_SHARE = 0.25  # of the budget, for trying a learning rate
 
 Arrays = dict[str, np.ndarray]
+Work = dict[str, list[dict[str, Any]]]
 
 
-def run_cell(
-    task: Task, method: str, *, steps: int, seed: int, fabric: Fabric, on_step: Callable[[], None]
-) -> tuple[Result, Arrays]:
-    """Build, train, measure; returns the numbers and the arrays for the pictures."""
-    seed_everything(seed, verbose=False)
-    density = build(METHODS[method], task.features, task.parameters)
-    history = train(density, task, METHODS[method], steps=steps, seed=seed, fabric=fabric, on_step=on_step)
+@dataclass(frozen=True)
+class Cell:
+    """What is to be run.
+
+    Args:
+        task: name or path, with `columns` of a file as context.
+        rate: of Adam.
+        trial: train for a short while, to see what the learning rate is worth.
+        pictures: keep what pictures are drawn from; without, the scores alone.
+        look_inside: measure error against cost of log-dets and inverses.
+        checkpoint: a training that was broken off goes on from here.
+        tensorboard: folder for its logs.
+    """
+
+    task: str
+    columns: tuple[str, ...]
+    method: Method
+    seed: int
+    rate: float
+    budget: Budget
+    machine: Machine
+    trial: bool = False
+    pictures: bool = False
+    look_inside: bool = False
+    checkpoint: Path | None = None
+    tensorboard: Path | None = None
+
+    @property
+    def weight(self) -> float:
+        """Its part of the progress bar."""
+        return TRIAL_SHARE if self.trial else 1.0
+
+
+@cache
+def loaded(task: str, columns: tuple[str, ...]) -> Task:
+    return load(task, columns)
+
+
+def run_trial(cell: Cell, fabric: Fabric, on_progress: OnProgress) -> Trial:
+    """A short training; its best validation says what the learning rate is worth."""
+    task = loaded(cell.task, cell.columns)
+    cell = replace(cell, budget=cell.budget.part(TRIAL_SHARE))
+    _, history = trained(cell, task, fabric, on_progress)
+    return Trial(task.name, cell.method.name, cell.rate, history.best)
+
+
+def run_cell(cell: Cell, fabric: Fabric, on_progress: OnProgress) -> tuple[Result, Arrays, Work]:
+    """Build, train, measure; returns the numbers, the arrays for the pictures, and the costs inside."""
+    task = loaded(cell.task, cell.columns)
+    density, history = trained(cell, task, fabric, on_progress)
     scores = log_likelihoods(density, task.test, fabric)
-    result = Result(
+    broken = int((~torch.isfinite(scores)).sum())
+    if broken:
+        raise FloatingPointError(f"the log-likelihood of {broken} of {len(scores)} test points is not finite")
+    result = measured(cell, task, density, history, scores, fabric)
+    arrays = {"scores": scores.numpy(), **(picture_arrays(density, task, fabric) if cell.pictures else {})}
+    inside = work(density, ready(task.test[:LOOKED_INTO], density, fabric)) if cell.look_inside and result.blocks else {}
+    return result, arrays, inside
+
+
+def trained(cell: Cell, task: Task, fabric: Fabric, on_progress: OnProgress) -> tuple[Density, History]:
+    seed_everything(cell.seed, verbose=False)
+    density = build(cell.method, task.features, cell.budget.parameters or task.parameters, task.context_features)
+    history = train(
+        density,
+        task,
+        cell.method,
+        rate=cell.rate,
+        budget=cell.budget,
+        seed=cell.seed,
+        fabric=fabric,
+        on_progress=on_progress,
+        checkpoint=cell.checkpoint,
+        logger=logger(cell, task),
+    )
+    return density, history
+
+
+def logger(cell: Cell, task: Task) -> TensorBoardLogger | None:
+    if cell.tensorboard is None:
+        return None
+    return TensorBoardLogger(cell.tensorboard, name="", version=cell_name((task.name, cell.method.name, cell.seed)))
+
+
+def measured(cell: Cell, task: Task, density: Density, history: History, scores: Tensor, fabric: Fabric) -> Result:
+    """Every number that is kept of a trained density."""
+    likelihood = metrics.Estimate.of(scores, task.groups)
+    rows = ready(task.test[: metrics.MEASURED_POINTS], density, fabric)
+    distances, lost_samples = metrics.sample_distances(density, task, fabric)
+    has_blocks = metrics.has_blocks(density)
+    visits = diagnostics.visit_blocks(density, rows.x, rows.context) if has_blocks else []
+    batch = ready(task.test[: cell.budget.batch or task.batch], density, fabric)
+    return Result(
         task=task.name,
-        method=method,
-        seed=seed,
-        steps=steps,
+        method=cell.method.name,
+        seed=cell.seed,
+        steps=history.steps[-1],
         parameters=parameter_count(density),
-        log_likelihood=metrics.Estimate.of(scores),
+        learning_rate=cell.rate,
+        validation=history.best,
+        log_likelihood=likelihood,
+        raw_log_likelihood=likelihood.mean + task.log_volume,
+        bits_per_dimension=task.bits_per_dimension(likelihood.mean),
+        log_det_error=metrics.log_det_error(density, rows),
+        distances=distances,
+        lost_samples=lost_samples,
         training_seconds=history.seconds[-1],
-        density_seconds=metrics.density_seconds(density, task.test, fabric),
-        sampling_seconds=metrics.sampling_seconds(density, task.features, fabric.device),
-        inverse_error=metrics.inverse_error(density, task.test, fabric),
-        lipschitz_bound=metrics.largest_lipschitz_bound(density),
+        density_seconds=metrics.density_seconds(density, rows, fabric.device),
+        sampling_seconds=metrics.sampling_seconds(density, rows, fabric.device),
+        memory=None if cell.method.fit else diagnostics.training_memory(density, cell.method, batch.x, batch.context),
+        inverse=diagnostics.round_trip(density, rows.x, rows.context) if density.invertible else None,
+        blocks=diagnostics.block_rows(visits),
         history=history,
         swap=density.swap,
     )
-    return result, {"scores": scores.numpy(), **picture_arrays(density, task, fabric)}
+
+
+def work(density: Density, points: Points) -> Work:
+    """Error against cost of every solver and every estimator of the log-det, in double precision."""
+    exact = diagnostics.in_double(density)
+    visits = diagnostics.visit_blocks(
+        exact, points.x.double(), None if points.context is None else points.context.double()
+    )
+    return {
+        "inverse": [asdict(row) for row in diagnostics.inverse_work(visits)],
+        "log_det": [{**asdict(row), "estimator": str(row.estimator)} for row in diagnostics.log_det_work(visits)],
+    }
+
+
+# what pictures are drawn from -------------------------------------------------------------------------
 
 
 def picture_arrays(density: Density, task: Task, fabric: Fabric) -> Arrays:
-    """Samples, and in the plane the log density on a grid."""
+    """Samples, and in the plane the log density on a grid; those of a conditional task are given the test contexts."""
+    n = min(SHOWN[task.kind], len(task.test)) if task.context_features else SHOWN[task.kind]
+    given = ready(task.test[:n], density, fabric).context
     with evaluating(density, task.features):
-        arrays = {"samples": task.restore(density.sample(SHOWN[task.kind]).cpu()).numpy()}
-    if task.kind == "plane":
+        arrays = {"samples": task.restore(density.sample(n, given).float().cpu()).numpy()}
+    if task.kind == "plane" and given is None:
         axis = torch.linspace(-1, 1, GRID) * plane_limit(task)
         points = torch.cartesian_prod(axis, axis)
-        arrays["log_density"] = log_likelihoods(density, Points(points), fabric).reshape(GRID, GRID).numpy()
+        grid = log_likelihoods(density, Points(points), fabric).reshape(GRID, GRID)
+        arrays["log_density"] = grid.clamp(-1e4, 1e4).half().numpy()  # half as large on disk, and as good to the eye
     return arrays
 
 
 def task_arrays(task: Task) -> Arrays:
     """The data beside which samples are shown; in the plane also its density on the same grid, by counting samples."""
-    arrays = {
+    arrays: Arrays = {
         "data": task.restore(task.test.x[: SHOWN[task.kind]]).numpy(),
-        "kind": np.str_(task.kind),
-        "about": np.str_(task.about),
+        "kind": np.array(task.kind),
+        "about": np.array(task.about),
+        "preprocessing": np.array(task.preprocessing, dtype=str),
+        "features": np.array(task.features),
     }
     if task.entropy is not None:
-        arrays["entropy"] = np.float64(task.entropy)
+        arrays["entropy"] = np.array(task.entropy)
+    if task.groups is not None:
+        arrays["groups"] = task.groups.numpy()
     if task.kind == "plane":
         limit = plane_limit(task)
-        many = task.draw(2_000_000, torch.Generator().manual_seed(0)).x.numpy()
-        bins = np.linspace(-limit, limit, GRID + 1)
-        arrays["density"] = np.histogram2d(many[:, 0], many[:, 1], bins=(bins, bins), density=True)[0]
-        arrays["limit"] = np.float64(limit)
+        arrays["limit"] = np.array(limit)
+        if task.context_features is None:
+            many = task.draw(2_000_000, torch.Generator().manual_seed(0)).x.numpy()
+            bins = np.linspace(-limit, limit, GRID + 1)
+            arrays["density"] = np.histogram2d(many[:, 0], many[:, 1], bins=(bins, bins), density=True)[0]
     return arrays
 
 
 def plane_limit(task: Task) -> float:
     """Half the side of the square that is drawn."""
     return 1.1 * task.test.x.abs().max().item()
+
+
+def key_of(cell: Cell) -> Key:
+    return loaded(cell.task, cell.columns).name, cell.method.name, cell.seed

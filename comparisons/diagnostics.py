@@ -56,7 +56,7 @@ class Visit:
 def visit_blocks(model: nn.Module, x: Tensor, context: Tensor | None = None) -> list[Visit]:
     """Pass x through the model's `log_prob`, or the model itself, and note what each residual block meets, in order.
 
-    In `copy.deepcopy(model).double()` rounding is far below every error of interest.
+    `in_double` makes a model whose rounding is far below every error of interest.
     """
     blocks = [module for module in model.modules() if isinstance(module, ResidualBlock)]
     if not blocks:
@@ -306,6 +306,11 @@ def solve_work(visits: Sequence[Visit], name: str, solver: Solver) -> InverseWor
     )
 
 
+def in_double(density: Density) -> Density:
+    """A copy in which rounding is far below every error of interest."""
+    return copy.deepcopy(density).double()
+
+
 # any flow --------------------------------------------------------------------------------------------
 
 
@@ -318,10 +323,10 @@ class RoundTrip:
     failed: int
 
 
-def round_trip(density: Density, x: Tensor) -> RoundTrip:
+def round_trip(density: Density, x: Tensor, context: Tensor | None = None) -> RoundTrip:
     """What data -> noise -> data loses in the precision of x; the median and largest of the points that came back."""
-    with evaluating(density, x.shape[1], Omitted()):
-        lost = norms(density.to_data(density.to_noise(x)) - x)
+    with evaluating(density, x[0].numel(), Omitted()):
+        lost = norms(density.to_data(density.to_noise(x, context), context) - x)
     back = lost[torch.isfinite(lost)]
     if not len(back):
         return RoundTrip(math.nan, math.nan, len(lost))

@@ -1,4 +1,4 @@
-"""What is measured of a trained flow: one function a metric."""
+"""What is measured of a trained flow: one function a metric. Points come on the density's device, in its dtype."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ from lightning.fabric import Fabric
 from torch import Tensor
 
 from comparisons.methods import Density
-from comparisons.tasks import Points
-from comparisons.training import evaluating, log_likelihoods, synchronise
+from comparisons.statistics import over_points
+from comparisons.tasks import Points, Task
+from comparisons.training import EXACT_UP_TO, evaluating, ready, synchronise
+from comparisons.two_sample import DISTANCES, WithFloor, with_floor
 from iresflow_plugin import ResidualBlock
-from iresflow_plugin.lipschitz import lipschitz_bound
 from iresflow_plugin.log_det import Omitted
 
-TIMED_POINTS = 256
-TIMED_REPEATS = 3
+MEASURED_POINTS = 256
+REPEATS = 3
+COMPARED_POINTS = 2000  # samples whose distance to the data is taken
 
 
 @dataclass(frozen=True)
@@ -31,49 +33,73 @@ class Estimate:
     error: float
 
     @classmethod
-    def of(cls, values: Tensor) -> Estimate:
-        values = values.double()
-        return cls(values.mean().item(), values.std().item() / math.sqrt(len(values)))
+    def of(cls, values: Tensor, groups: Tensor | None = None) -> Estimate:
+        """Over independent points, or over independent groups of them."""
+        found = over_points(values.double().cpu().numpy(), None if groups is None else groups.numpy())
+        return cls(found.mean, found.error)
 
 
-def test_log_likelihood(density: Density, points: Points, fabric: Fabric) -> Estimate:
-    """Nats per test point; the error is that of the mean over the points."""
-    return Estimate.of(log_likelihoods(density, points, fabric))
+def has_blocks(density: Density) -> bool:
+    return any(isinstance(module, ResidualBlock) for module in density.modules())
 
 
-def density_seconds(density: Density, points: Points, fabric: Fabric) -> float:
+def density_seconds(density: Density, points: Points, device: torch.device) -> float:
     """Time of log p for one point, within a batch."""
-    rows = points[:TIMED_POINTS].to(fabric.device)
-    with evaluating(density, rows.x[0].numel()):
-        return median_seconds(lambda: density.log_prob(rows.x, rows.context), fabric.device) / len(rows)
-
-
-def sampling_seconds(density: Density, features: int, device: torch.device) -> float:
-    """Time of one sample, within a batch; residual blocks leave out the log-det, which no one looks at."""
-    with evaluating(density, features, Omitted()):
-        return median_seconds(lambda: density.sample(TIMED_POINTS), device) / TIMED_POINTS
-
-
-def inverse_error(density: Density, points: Points, fabric: Fabric) -> float:
-    """Largest |x - decode(encode(x))| over test points: what a round trip loses; NaN where there is no way back."""
-    if not density.invertible:
-        return math.nan
-    rows = fabric.to_device(points.x[:TIMED_POINTS])
     with evaluating(density, points.x[0].numel()):
-        return (density.to_data(density.to_noise(rows)) - rows).abs().max().item()
+        return median_seconds(lambda: density.log_prob(points.x, points.context), device) / len(points)
 
 
-def largest_lipschitz_bound(density: Density) -> float | None:
-    """The largest certified bound of a residual block's g; None for a flow without any."""
-    bounds = [lipschitz_bound(module.branch) for module in density.modules() if isinstance(module, ResidualBlock)]
-    if not all(bound.certified for bound in bounds):
-        raise ValueError("a residual block without certificate")
-    return max((bound.value for bound in bounds), default=None)
+def sampling_seconds(density: Density, points: Points, device: torch.device) -> float:
+    """Time of one sample, within a batch; residual blocks leave out the log-det, which no one looks at."""
+    with evaluating(density, points.x[0].numel(), Omitted()):
+        return median_seconds(lambda: density.sample(len(points), points.context), device) / len(points)
+
+
+def sample_distances(density: Density, task: Task, fabric: Fabric) -> tuple[dict[str, WithFloor], float]:
+    """Distances of samples to test points, beside those of validation points, and the share of samples that is lost.
+
+    A sample that is not finite is left out of the distances. Contexts are part of the points: p(x, context) is compared.
+    """
+    n = min(COMPARED_POINTS, len(task.test), len(task.validation))
+    data, other = task.test[:n], task.validation[:n]
+    given = ready(data, density, fabric)
+    with evaluating(density, task.features, Omitted()):
+        samples = density.sample(n, given.context).float().cpu()
+    kept = torch.isfinite(samples).flatten(1).all(1)
+    lost = 1 - kept.double().mean().item()
+    if kept.sum() < 2:
+        return {}, lost
+    context = None if data.context is None else data.context[kept]
+    mine, fresh = together(Points(samples[kept], context)), together(other[: int(kept.sum())])
+    return {name: with_floor(distance, mine, together(data), fresh) for name, distance in DISTANCES.items()}, lost
+
+
+def together(points: Points) -> Tensor:
+    x = points.x.flatten(1)
+    return x if points.context is None else torch.cat([x, points.context.to(x)], dim=1)
+
+
+def log_det_error(density: Density, points: Points) -> float:
+    """What the log-dets of residual blocks may add to the error of the mean over these points; 0: they are exact.
+
+    Two standard errors of what is random, and a bound of what is truncated.
+    """
+    if not has_blocks(density) or points.x[0].numel() <= EXACT_UP_TO:
+        return 0.0
+    from comparisons.diagnostics import visit_blocks  # which times its work by this module's functions
+
+    variance = remainder = 0.0
+    with evaluating(density, points.x[0].numel()):
+        for visit in visit_blocks(density, points.x, points.context):
+            estimate = visit.block.estimator(visit.g, visit.x)
+            variance += estimate.standard_error.double().square().sum().item()
+            remainder += estimate.remainder.double().mean().item()
+    return 2 * math.sqrt(variance) / len(points) + remainder
 
 
 def median_seconds(call: Callable[[], object], device: torch.device) -> float:
     call()
-    return statistics.median(timed(call, device) for _ in range(TIMED_REPEATS))
+    return statistics.median(timed(call, device) for _ in range(REPEATS))
 
 
 def timed(call: Callable[[], object], device: torch.device) -> float:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
+import math
+from dataclasses import dataclass, replace
 from lightning.fabric import Fabric
 
 
@@ -36,6 +35,11 @@ class Budget:
         """The share that is used up; 1 ends the training."""
         return step / self.steps if self.seconds is None else seconds / self.seconds
 
+    def part(self, share: float) -> Budget:
+        """So much of it, for a shorter training."""
+        seconds = None if self.seconds is None else self.seconds * share
+        return replace(self, steps=math.ceil(self.steps * share), seconds=seconds)
+
     def __str__(self) -> str:
         length = f"{self.steps} steps" if self.seconds is None else f"{self.seconds:g} seconds of training"
         size = "the task's number of parameters" if self.parameters is None else f"{self.parameters:,} parameters"
@@ -62,7 +66,7 @@ class Machine:
     def parallel(self) -> bool:
         return self.devices * self.nodes > 1
 
-    def fabric(self, loggers: Any = None) -> Fabric:
+    def fabric(self) -> Fabric:
         # hosts have parameters that some passes leave alone, such as those of a skipped split
         strategy = "ddp_find_unused_parameters_true" if self.parallel else "auto"
         return Fabric(
@@ -71,5 +75,4 @@ class Machine:
             devices=self.devices,
             num_nodes=self.nodes,
             precision=self.precision,  # pyright: ignore[reportArgumentType]
-            loggers=loggers,
         )

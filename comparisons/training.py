@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from lightning.fabric import Fabric
+from lightning.fabric.loggers.logger import Logger
 from torch import Tensor, nn
 
 from comparisons.methods import Density, Fit, Method
@@ -46,7 +47,11 @@ class History:
 
     @property
     def best(self) -> float:
-        return min(self.validation, default=math.inf)
+        return min((loss for loss in self.validation if not math.isnan(loss)), default=math.inf)
+
+    @property
+    def last(self) -> dict[str, float]:
+        return {"validation": self.validation[-1], "seconds": self.seconds[-1]}
 
 
 @contextmanager
@@ -95,6 +100,7 @@ def train(
     fabric: Fabric,
     on_progress: OnProgress,
     checkpoint: Path | None = None,
+    logger: Logger | None = None,
 ) -> History:
     """Adam with a cosine schedule on the negative log-likelihood; ends with the weights of the best validation.
 
@@ -102,7 +108,9 @@ def train(
     seconds count training alone. Where `checkpoint` is a file, training goes on from it, to the same numbers.
     """
     if method.fit is not None:
-        return fit(density, task, method.fit, seed=seed, fabric=fabric)
+        history = fit(density, task, method.fit, seed=seed, fabric=fabric)
+        on_progress(1.0)
+        return history
     generator, size = torch.Generator().manual_seed(seed), budget.batch or task.batch
     meet(density, ready(task.draw(size, torch.Generator().manual_seed(seed)), density.to(fabric.device), fabric))
     optimizer: torch.optim.Optimizer = torch.optim.Adam(density.parameters(), lr=rate)
@@ -128,6 +136,8 @@ def train(
         now = budget.spent(state.step, state.seconds)
         if state.step == 1 or int(VALIDATIONS * now) > int(VALIDATIONS * spent):
             validate(state, density, task, fabric)
+            if logger is not None and fabric.is_global_zero:
+                logger.log_metrics(state.history.last, state.step)
             if checkpoint is not None and fabric.is_global_zero:
                 save(checkpoint, state, density, optimizer, generator)
         on_progress(min(now, 1.0))
@@ -152,7 +162,6 @@ def validate(state: State, density: Density, task: Task, fabric: Fabric) -> None
     if loss < state.history.best:
         state.best = snapshot(density)
     state.history.add(state.step, state.seconds, loss)
-    fabric.log_dict({"validation": loss, "seconds": state.seconds}, step=state.step)
 
 
 def fit(density: Density, task: Task, fit: Fit, *, seed: int, fabric: Fabric) -> History:
@@ -160,7 +169,8 @@ def fit(density: Density, task: Task, fit: Fit, *, seed: int, fabric: Fabric) ->
     started = time.perf_counter()
     points = task.draw(FITTED_POINTS, torch.Generator().manual_seed(seed))
     validation = task.validation[:VALIDATION_POINTS]
-    fit(density.to(fabric.device), fabric.to_device(points.x), fabric.to_device(validation.x))
+    density.to(fabric.device)
+    fit(density, ready(points, density, fabric).x, ready(validation, density, fabric).x)
     seconds = time.perf_counter() - started
     return History([0], [seconds], [-log_likelihoods(density, validation, fabric).mean().item()])
 

@@ -3,75 +3,67 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing import get_context
 from typing import Any
 
 import torch
 from lightning.fabric import Fabric
 
-from comparisons.cells import Arrays, run_cell
-from comparisons.results import Failure, Result
-from comparisons.tasks import load
+from comparisons.cells import Arrays, Cell, Work, key_of, run_cell, run_trial
+from comparisons.results import Failure, Result, Trial
+from comparisons.training import OnProgress
 
 LOOK_AGAIN = 0.2  # seconds between two looks at the workers
 
 
 @dataclass(frozen=True)
-class Cell:
-    """What is to be run."""
+class Outcome:
+    """What became of a cell."""
 
-    task: str
-    method: str
-    steps: int
-    seed: int
-    device: str
-
-
-Outcome = tuple[Cell, Result | Failure, Arrays]
+    cell: Cell
+    found: Result | Trial | Failure
+    arrays: Arrays = field(default_factory=dict)
+    work: Work = field(default_factory=dict)
 
 
-def attempt(cell: Cell, on_step: Callable[[], None]) -> Outcome:
+def attempt(cell: Cell, fabric: Fabric, on_progress: OnProgress) -> Outcome:
     """Run a cell; what goes wrong in it becomes a `Failure`, so that the others go on."""
-    torch.set_num_threads(1)
     try:
-        fabric = Fabric(accelerator=cell.device, devices=1)
-        task = load(cell.task)
-        result, arrays = run_cell(task, cell.method, steps=cell.steps, seed=cell.seed, fabric=fabric, on_step=on_step)
+        if cell.trial:
+            return Outcome(cell, run_trial(cell, fabric, on_progress))
+        return Outcome(cell, *run_cell(cell, fabric, on_progress))
     except Exception as error:  # whatever a host may throw
-        return cell, Failure(cell.task, cell.method, cell.seed, f"{type(error).__name__}: {error}"), {}
-    return cell, result, arrays
+        return failed(cell, f"{type(error).__name__}: {error}")
 
 
-def run_all(cells: list[Cell], workers: int, on_progress: Callable[[int], None]) -> Iterator[Outcome]:
-    """Outcomes as they come; `on_progress` is told how many training steps have been done in all."""
-    return side_by_side(cells, workers, on_progress) if workers > 1 else in_turn(cells, on_progress)
+def failed(cell: Cell, error: str) -> Outcome:
+    return Outcome(cell, Failure(*key_of(cell), error))
 
 
-def in_turn(cells: list[Cell], on_progress: Callable[[int], None]) -> Iterator[Outcome]:
-    done = 0
-
-    def on_step() -> None:
-        nonlocal done
-        done += 1
+def in_turn(cells: Sequence[Cell], fabric: Fabric, on_progress: Callable[[float], None]) -> Iterator[Outcome]:
+    """Outcomes as they come; `on_progress` is told the weight of what has been done in all."""
+    done = 0.0
+    for cell in cells:
+        yield attempt(cell, fabric, lambda share, cell=cell, done=done: on_progress(done + share * cell.weight))
+        done += cell.weight
         on_progress(done)
 
-    for cell in cells:
-        yield attempt(cell, on_step)
 
-
-def side_by_side(cells: list[Cell], workers: int, on_progress: Callable[[int], None]) -> Iterator[Outcome]:
+def side_by_side(cells: Sequence[Cell], workers: int, on_progress: Callable[[float], None]) -> Iterator[Outcome]:
+    """As `in_turn`, several at a time."""
     context = get_context("spawn")  # a fork of a process that has used torch may hang
-    steps, stop = context.Value("q", 0), context.Event()
-    with ProcessPoolExecutor(workers, context, initializer=become_worker, initargs=(steps, stop)) as pool:
-        pending: dict[Future[Outcome], Cell] = {pool.submit(attempt, cell, count_step): cell for cell in cells}
+    done, stop = context.Value("d", 0.0), context.Event()
+    with ProcessPoolExecutor(workers, context, initializer=become_worker, initargs=(done, stop)) as pool:
+        pending: dict[Future[Outcome], Cell] = {pool.submit(attempt_alone, cell): cell for cell in cells}
         try:
             while pending:
                 finished, _ = wait(pending, timeout=LOOK_AGAIN, return_when=FIRST_COMPLETED)
-                on_progress(steps.value)
+                on_progress(done.value)
                 for future in finished:
                     yield outcome_of(future, pending.pop(future))
         finally:  # also when the reader is interrupted: the cells that run end at their next step
@@ -84,22 +76,33 @@ def outcome_of(future: Future[Outcome], cell: Cell) -> Outcome:
     try:
         return future.result()
     except BrokenProcessPool as error:
-        return cell, Failure(cell.task, cell.method, cell.seed, f"a worker process died: {error}"), {}
+        return failed(cell, f"a worker process died: {error}")
 
 
 class StoppedError(BaseException):
     """Ends a cell whose outcome nobody waits for; no `Exception`, so that it is not taken for a failure of the cell."""
 
 
-def become_worker(steps: Any, stop: Any) -> None:
-    """What workers share: the count of steps, and the sign to stop. Ctrl-C is for the main process, which gives it."""
+def become_worker(done: Any, stop: Any) -> None:
+    """What workers share: the weight done, and the sign to stop. Ctrl-C is for the main process, which gives it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    global STEPS, STOP
-    STEPS, STOP = steps, stop
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    global DONE, STOP
+    DONE, STOP = done, stop
 
 
-def count_step() -> None:
-    with STEPS.get_lock():
-        STEPS.value += 1
+def attempt_alone(cell: Cell) -> Outcome:
+    counted = [0.0]
+    outcome = attempt(cell, cell.machine.fabric(), partial(count, cell, counted))
+    count(cell, counted, 1.0)
+    return outcome
+
+
+def count(cell: Cell, counted: list[float], share: float) -> None:
+    """Add what is new to the common count."""
+    with DONE.get_lock():
+        DONE.value += (share - counted[0]) * cell.weight
+    counted[0] = share
     if STOP.is_set():
         raise StoppedError

@@ -11,6 +11,7 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -93,6 +94,7 @@ class Method:
         swapped: the transforms to be replaced by residual blocks.
         after_step: what the host wants to be called after every optimiser step.
         fit: (density, train points, validation points), called once in place of an optimiser.
+        own_size: whether the model is as large as it is, whatever the budget.
     """
 
     name: str
@@ -105,15 +107,17 @@ class Method:
     grid: tuple[float, ...] = RATES
     conditional: bool = True
     largest: int = sys.maxsize
-    swapped: type[nn.Module] | None = None
+    swapped: type[nn.Module] | Callable[[str, nn.Module], bool] | None = None
     after_step: Callable[[Density], None] | None = None
     fit: Fit | None = None
+    own_size: bool = False
 
 
 def parameter_count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
+@cache
 def widest(method: Method, features: int, parameters: int, context_features: int | None = None) -> int:
     """The largest hidden width with which the method's stack has at most so many parameters."""
 
@@ -141,7 +145,7 @@ def build(method: Method, features: int, parameters: int, context_features: int 
             f"{method.name} takes no context, and context_features={context_features} was given; leave it out, or take "
             "a method with `conditional`."
         )
-    width = widest(method, features, parameters, context_features)
+    width = 1 if method.own_size else widest(method, features, parameters, context_features)
     flow = method.stack(features, width, context_features)
     swap = "" if method.swapped is None else str(swap_transforms(flow, method.swapped))
     return method.host(flow, context_features, swap)

@@ -1,0 +1,255 @@
+"""Run tasks x methods x seeds, choose learning rates first if asked to, and leave tables, JSON and a report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+from rich.console import Console
+from rich.progress import Progress
+
+from comparisons import cells
+from comparisons.cells import Cell, loaded, task_arrays
+from comparisons.methods import Method
+from comparisons.provenance import provenance
+from comparisons.report import terminal_tables, write_markdown, write_report
+from comparisons.results import Failure, Result, SettingsError, Store, Trial
+from comparisons.settings import Budget, Machine
+from comparisons.tables import PROGRESS_COLUMNS, print_wide
+from comparisons.tasks import DataNotFoundError, Task
+from comparisons.workers import Outcome, in_turn, side_by_side
+
+INTERRUPTED = 130  # what a shell calls an end by Ctrl-C
+INSIDE = "ours"  # the method that is looked into
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to run, and how.
+
+    Args:
+        tasks: names or paths of files; `columns` of these are the context.
+        budgets: of single tasks, where they differ from `budget`.
+        tune: try every learning rate of a method's grid on every task, in a quarter of the budget with the first seed,
+            and take the one with the best validation; else the method's own.
+        workers: cells that run side by side, each with one thread.
+        fresh: throw away what is in the folder; else go on with it.
+    """
+
+    tasks: Sequence[str]
+    methods: Sequence[Method]
+    seeds: Sequence[int]
+    budget: Budget
+    out: Path
+    columns: tuple[str, ...] = ()
+    budgets: dict[str, Budget] = field(default_factory=dict)
+    tune: bool = False
+    machine: Machine = field(default_factory=Machine)
+    workers: int = 2
+    fresh: bool = False
+    tensorboard: bool = False
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What all cells of a folder must have in common."""
+        return {
+            "budget": asdict(self.budget),
+            "budgets": {task: asdict(budget) for task, budget in self.budgets.items()},
+            "tune": self.tune,
+            "columns": self.columns,
+            "device": self.machine.device,
+            "precision": self.machine.precision,
+        }
+
+    def cell(self, task: str, method: Method, seed: int, rate: float, **more: Any) -> Cell:
+        budget = self.budgets.get(task, self.budget)
+        return Cell(task, self.columns if is_own(task) else (), method, seed, rate, budget, self.machine, **more)
+
+
+def is_own(task: str) -> bool:
+    from comparisons.tasks import is_file
+
+    return is_file(task)
+
+
+def run(plan: Plan, console: Console) -> int:
+    """Run what is not yet done; the exit code: 0, 1 if a cell failed or nothing could be run, 130 after Ctrl-C.
+
+    Whatever happens, the finished cells are on disk, printed and reported.
+    """
+    torch.set_flush_denormal(True)
+    fabric = plan.machine.fabric()
+    if plan.machine.parallel:
+        fabric.launch()
+    if not fabric.is_global_zero:
+        console = Console(quiet=True)
+    store = Store(plan.out)
+    try:
+        if fabric.is_global_zero:
+            store.start(plan.settings, plan.fresh)
+    except SettingsError as error:
+        console.print(f"[red]{error}[/]", highlight=False)
+        return 1
+    fabric.barrier()
+    tasks = load_tasks(plan, console)
+    if not tasks:
+        console.print("[red]No task is left to run.[/]")
+        return 1
+    interrupted = False
+    try:
+        run_cells(plan, tasks, store, fabric, console)
+    except KeyboardInterrupt:
+        interrupted = True
+        console.print("[yellow]Interrupted.[/] What was finished is kept; the same command goes on from here.")
+    results, failures, _ = store.load()
+    if fabric.is_global_zero:
+        finish(store, results, failures, console)
+    return INTERRUPTED if interrupted else int(bool(failures))
+
+
+def load_tasks(plan: Plan, console: Console) -> dict[str, Task]:
+    """The tasks whose data is here and sound, by the name or path asked for; the others are named and left out."""
+    tasks: dict[str, Task] = {}
+    for name in plan.tasks:
+        try:
+            task = loaded(name, plan.columns if is_own(name) else ())
+            if task.name in [other.name for other in tasks.values()]:
+                raise ValueError(f"another task is named {task.name}, too; rename the file.")
+            tasks[name] = task
+        except (DataNotFoundError, ValueError) as error:  # the second: a file that cannot be used
+            console.print(f"[yellow]Left out {name}:[/] {error}", highlight=False)
+    return tasks
+
+
+def run_cells(plan: Plan, tasks: dict[str, Task], store: Store, fabric: Fabric, console: Console) -> None:
+    """Try learning rates, then run the cells; each is on disk as soon as it is done, and not run again."""
+    if fabric.is_global_zero:
+        for task in tasks.values():
+            store.add_arrays(task.name, task_arrays(task))
+    pairs = [(name, method) for name in tasks for method in plan.methods if takes(tasks[name], method, console)]
+    trials = list(wanted_trials(plan, tasks, pairs, store)) if plan.tune else []
+    done = {result.key for result in store.load()[0]}
+    wanted = [
+        (name, method, seed)
+        for seed in plan.seeds  # seeds last: a run that is broken off has all methods
+        for name, method in pairs
+        if (tasks[name].name, method.name, seed) not in done
+    ]
+    fabric.barrier()  # all processes have read the same
+    if done:
+        console.print(f"{len(done)} cells were finished before; {len(wanted)} are left.", highlight=False)
+    information = {**provenance(), "workers": f"{plan.workers}, one thread each"}
+    total = len(trials) * cells.TRIAL_SHARE + len(wanted)
+    with bar(total, console) as (progress, advance):
+        base = 0.0
+        for part in (trials, None):
+            if part is None:
+                rates = best_rates(store.load_trials())
+                part = [final(plan, tasks[name], name, method, seed, rates, store) for name, method, seed in wanted]
+            for outcome in outcomes(plan, part, fabric, lambda done, base=base: advance(base + done)):
+                if fabric.is_global_zero:
+                    keep(outcome, store, information)
+                    progress.console.print(sentence(outcome), highlight=False, soft_wrap=True)
+            base += sum(cell.weight for cell in part)
+            fabric.barrier()  # what the first process wrote, all may read
+
+
+def takes(task: Task, method: Method, console: Console) -> bool:
+    """Whether the method has an answer to this kind of task."""
+    if task.context_features is None or method.conditional:
+        return True
+    console.print(f"[yellow]Left out {method.name} on {task.name}:[/] it takes no context.", highlight=False)
+    return False
+
+
+def wanted_trials(
+    plan: Plan, tasks: dict[str, Task], pairs: Iterable[tuple[str, Method]], store: Store
+) -> Iterator[Cell]:
+    tried = {(trial.task, trial.method, trial.learning_rate) for trial in store.load_trials()}
+    for name, method in pairs:
+        for rate in method.grid:
+            if (tasks[name].name, method.name, rate) not in tried:
+                yield plan.cell(name, method, plan.seeds[0], rate, trial=True)
+
+
+def best_rates(trials: Iterable[Trial]) -> dict[tuple[str, str], float]:
+    """By task and method, the learning rate with the least validation loss."""
+    best: dict[tuple[str, str], Trial] = {}
+    for trial in trials:
+        old = best.get((trial.task, trial.method))
+        if old is None or trial.validation < old.validation:
+            best[trial.task, trial.method] = trial
+    return {key: trial.learning_rate for key, trial in best.items()}
+
+
+def final(
+    plan: Plan, task: Task, name: str, method: Method, seed: int, rates: dict[tuple[str, str], float], store: Store
+) -> Cell:
+    first = seed == plan.seeds[0]
+    return plan.cell(
+        name,
+        method,
+        seed,
+        rates.get((task.name, method.name), method.learning_rate),
+        pictures=first,
+        look_inside=first and method.name == INSIDE,
+        checkpoint=store.checkpoint((task.name, method.name, seed)),
+        tensorboard=store.folder / "tensorboard" if plan.tensorboard else None,
+    )
+
+
+def outcomes(plan: Plan, part: Sequence[Cell], fabric: Fabric, advance: Any) -> Iterator[Outcome]:
+    """Side by side in processes of their own; in turn where one worker is asked for or processes share each cell."""
+    if plan.machine.parallel or plan.workers == 1:
+        return in_turn(part, fabric, advance)
+    return side_by_side(part, plan.workers, advance)
+
+
+@contextmanager
+def bar(total: float, console: Console) -> Iterator[tuple[Progress, Any]]:
+    with Progress(*PROGRESS_COLUMNS, console=console) as progress:
+        task = progress.add_task("cells", total=total)
+        yield progress, lambda done: progress.update(task, completed=done)
+
+
+def keep(outcome: Outcome, store: Store, information: dict[str, Any]) -> None:
+    found = outcome.found
+    if isinstance(found, Trial):
+        store.add_trial(found)
+        return
+    if isinstance(found, Result):
+        store.add_arrays(found.name, outcome.arrays)  # before the line that says that the cell is done
+        if outcome.work:
+            store.add_work(found.task, outcome.work)
+    store.add(found, information)
+    store.checkpoint(found.key).unlink(missing_ok=True)
+
+
+def finish(store: Store, results: list[Result], failures: list[Failure], console: Console) -> None:
+    print_wide(console, terminal_tables(store))
+    for failure in failures:
+        console.print(
+            f"[red]Failed:[/] {failure.method} on {failure.task}, seed {failure.seed}: {failure.error}", highlight=False
+        )
+    console.print(f"Numbers: {store.write_json()}", highlight=False)
+    if results:
+        console.print(f"Tables:  {write_markdown(store)}", f"Report:  {write_report(store)}", sep="\n", highlight=False)
+
+
+def sentence(outcome: Outcome) -> str:
+    """What is printed when a cell is done."""
+    found, cell = outcome.found, outcome.cell
+    head = f"{found.task:<16}{found.method:<28}"
+    if isinstance(found, Failure):
+        return f"{head}seed {found.seed}  failed: {found.error}"
+    if isinstance(found, Trial):
+        return f"{head}learning rate {found.learning_rate:g}: validation {found.validation:.3f}"
+    score = found.log_likelihood
+    return (
+        f"{head}seed {cell.seed}  {score.mean:.3f} ± {score.error:.3f} nats, trained in {found.training_seconds:.1f} s"
+    )
