@@ -72,7 +72,8 @@ Suites = Annotated[
     list[str],
     typer.Option(
         "--suite",
-        help="Repeatable, a set of tasks: " + "; ".join(f"{name} ({', '.join(tasks)})" for name, tasks in SUITES.items()),
+        help="Repeatable, a set of tasks: "
+        + "; ".join(f"{name} ({', '.join(tasks)})" for name, tasks in SUITES.items()),
         callback=known("suite", SUITES),
     ),
 ]
@@ -85,7 +86,9 @@ Columns = Annotated[
 ]
 Methods = Annotated[
     list[str],
-    typer.Option("--method", help=f"Repeatable, by default all: {', '.join(METHODS)}.", callback=known("method", METHODS)),
+    typer.Option(
+        "--method", help=f"Repeatable, by default all: {', '.join(METHODS)}.", callback=known("method", METHODS)
+    ),
 ]
 Seeds = Annotated[int, typer.Option(min=1, help="How many trainings of every method; with one there are no intervals.")]
 Seed = Annotated[int, typer.Option(help="The first torch seed.")]
@@ -94,13 +97,15 @@ Seconds = Annotated[
     float | None, typer.Option(min=0.01, help="Seconds of training of every cell, in place of steps: equal wall-clock.")
 ]
 Parameters = Annotated[
-    int | None, typer.Option(min=1, help="Parameters of every model, by which widths are chosen; by default the task's.")
+    int | None,
+    typer.Option(min=1, help="Parameters of every model, which set its width; by default the task's."),
 ]
 Batch = Annotated[int | None, typer.Option(min=1, help="Points in a step; by default the task's.")]
 Tune = Annotated[
     bool,
     typer.Option(
-        "--tune", help="Try each method's learning rates on each task first, in a quarter of the budget; validation decides."
+        "--tune",
+        help="Try each method's learning rates on each task first, in a third of the budget; validation decides.",
     ),
 ]
 Device = Annotated[str, typer.Option(help="cpu or cuda.", callback=available)]
@@ -200,7 +205,9 @@ def swap(
     flow: Annotated[str, typer.Argument(metavar="MODULE:FLOW", help="A flow, or a function that makes one.")],
     replaced: Annotated[
         list[str],
-        typer.Option("--replace", help="Repeatable: classes to be replaced; by default couplings and autoregressive ones."),
+        typer.Option(
+            "--replace", help="Repeatable: a class to be replaced; by default couplings and autoregressive ones."
+        ),
     ] = [],  # noqa: B006
     task: Tasks = SWAP_TASKS,
     data: Data = [],  # noqa: B006

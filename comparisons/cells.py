@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.fabric import Fabric, seed_everything
-from lightning.fabric.loggers import TensorBoardLogger
+from lightning.fabric.loggers.tensorboard import TensorBoardLogger
 from torch import Tensor
 
 from comparisons import diagnostics, metrics
@@ -22,8 +22,8 @@ from comparisons.training import History, OnProgress, evaluating, log_likelihood
 
 GRID = 150  # points a side of a heat map
 SHOWN = {"plane": 4000, "table": 3000, "image": 64}  # samples kept for pictures
-LOOKED_INTO = 64  # points at which the errors of log-dets and inverses are measured
-TRIAL_SHARE = 0.25  # of the budget, for trying a learning rate
+LOOKED_INTO = 1024  # numbers, points times features, at which errors of log-dets and inverses are measured
+TRIAL_SHARE = 1 / 3  # of the budget, for trying a learning rate
 
 Arrays = dict[str, np.ndarray]
 Work = dict[str, list[dict[str, Any]]]
@@ -85,7 +85,11 @@ def run_cell(cell: Cell, fabric: Fabric, on_progress: OnProgress) -> tuple[Resul
         raise FloatingPointError(f"the log-likelihood of {broken} of {len(scores)} test points is not finite")
     result = measured(cell, task, density, history, scores, fabric)
     arrays = {"scores": scores.numpy(), **(picture_arrays(density, task, fabric) if cell.pictures else {})}
-    inside = work(density, ready(task.test[:LOOKED_INTO], density, fabric)) if cell.look_inside and result.blocks else {}
+    inside = (
+        work(density, ready(task.test[: max(LOOKED_INTO // task.features, 8)], density, fabric))
+        if cell.look_inside and result.blocks
+        else {}
+    )
     return result, arrays, inside
 
 

@@ -13,7 +13,7 @@ from matplotlib.text import Annotation
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from matplotlib.transforms import Bbox
 
-from comparisons.diagnostics import InverseWork, BlockRow, LogDetWork
+from comparisons.diagnostics import BlockRow, InverseWork, LogDetWork
 from comparisons.figures import COLOURS, INK, PANEL, family
 from comparisons.methods import TWINS
 from comparisons.results import Result

@@ -58,7 +58,7 @@ def sampling_seconds(density: Density, points: Points, device: torch.device) -> 
 def sample_distances(density: Density, task: Task, fabric: Fabric) -> tuple[dict[str, WithFloor], float]:
     """Distances of samples to test points, beside those of validation points, and the share of samples that is lost.
 
-    A sample that is not finite is left out of the distances. Contexts are part of the points: p(x, context) is compared.
+    A sample that is not finite is left out. Contexts are part of the points: p(x, context) is compared.
     """
     n = min(COMPARED_POINTS, len(task.test), len(task.validation))
     data, other = task.test[:n], task.validation[:n]

@@ -1,11 +1,11 @@
 """What a run leaves on disk, in one folder.
 
-    settings.json   what all cells have in common: a run that goes on must have the same
-    results.jsonl   a line a cell: its numbers, or the error it ended in, and where and when they were made
-    tuning.jsonl    a line a learning rate that was tried
-    arrays/         what pictures are drawn from, per task and per cell
-    work/           error against cost inside one of our flows, per task
-    checkpoints/    of the cells that are not finished
+settings.json   what all cells have in common: a run that goes on must have the same
+results.jsonl   a line a cell: its numbers, or the error it ended in, and where and when they were made
+tuning.jsonl    a line a learning rate that was tried
+arrays/         what pictures are drawn from, per task and per cell
+work/           error against cost inside one of our flows, per task
+checkpoints/    of the cells that are not finished
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ class Plan:
     Args:
         tasks: names or paths of files; `columns` of these are the context.
         budgets: of single tasks, where they differ from `budget`.
-        tune: try every learning rate of a method's grid on every task, in a quarter of the budget with the first seed,
+        tune: try every learning rate of a method's grid on every task, in a third of the budget with the first seed,
             and take the one with the best validation; else the method's own.
         workers: cells that run side by side, each with one thread.
         fresh: throw away what is in the folder; else go on with it.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -71,7 +72,11 @@ def evaluating(density: Density, features: int, log_det: LogDet | None = None) -
 
 def ready(points: Points, density: Density, fabric: Fabric) -> Points:
     """On the density's device and in its dtype."""
-    dtype = next((p.dtype for p in (*density.parameters(), *density.buffers()) if p.is_floating_point()), torch.float32)
+    sizes = Counter({torch.float32: 0})
+    for weights in (*density.parameters(), *density.buffers()):
+        if weights.is_floating_point():
+            sizes[weights.dtype] += weights.numel()  # the most: normflows keeps a few float64 beside its float32
+    dtype = max(sizes, key=sizes.__getitem__)
     context = None if points.context is None else points.context.to(fabric.device, dtype)
     return Points(points.x.to(fabric.device, dtype), context)
 
