@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from typing import Any
 
 import torch
@@ -86,10 +88,19 @@ class StoppedError(BaseException):
 def become_worker(done: Any, stop: Any) -> None:
     """What workers share: the weight done, and the sign to stop. Ctrl-C is for the main process, which gives it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=die_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     global DONE, STOP
     DONE, STOP = done, stop
+
+
+def die_with_parent() -> None:
+    """A main process that was killed cannot say so; its workers must not go on writing beside those of the next run."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def attempt_alone(cell: Cell) -> Outcome:
