@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
+import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patheffects import AbstractPathEffect, withStroke
 from matplotlib.text import Annotation
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from matplotlib.transforms import Bbox
 
-from comparisons.diagnostics import InverseWork, BlockRow, LogDetWork
-from comparisons.figures import COLOURS, INK, PANEL, family
+from comparisons.diagnostics import BlockRow, InverseWork, LogDetWork
+from comparisons.figures import HIGHLIGHT, INK, KINDS, PANEL, colour, kind
 from comparisons.methods import TWINS
-from comparisons.results import Result
+from comparisons.standings import OURS, Standing
 
 MARKERS = "osD^vPX*"
 TICKS: dict[
@@ -31,21 +33,38 @@ HALO: list[AbstractPathEffect] = [withStroke(linewidth=2, foreground="white")]  
 Row = TypeVar("Row")
 
 
-def lipschitz_figure(rows: Sequence[BlockRow], title: str) -> Figure:
-    """The certified bound of every block over what its Jacobian does at the data: the gap is room not used."""
-    figure, panel = single(title, width=0.35 * len(rows) + 3.2)
+def lipschitz_figure(blocks: Mapping[str, Sequence[BlockRow]], title: str, columns: int = 3) -> Figure:
+    """The certified bound of every block over what its Jacobian does at the data, a panel a method: the gap is room
+    not used."""
+    columns = min(columns, len(blocks))
+    rows = -(-len(blocks) // columns)
+    figure = Figure(figsize=(3.3 * columns + 1.7, 1.9 * rows + 0.6), layout="constrained")
+    figure.suptitle(title, fontsize=11)
+    grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
+    for panel in list(grid.flat)[len(blocks) :]:
+        panel.remove()
+    for panel, (method, own) in zip(grid.flat, blocks.items(), strict=False):
+        bounds_and_norms(panel, own)
+        panel.set_title(method, fontsize=9, color=colour(method) if method == OURS else INK)
+    grid[0][0].set(ylim=(0, max(1.05, *(1.05 * row.bound for own in blocks.values() for row in own))))
+    figure.supxlabel("block, from data to noise", fontsize=8)
+    figure.supylabel("Lipschitz constant of g", fontsize=8)
+    handles, labels = grid[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", fontsize=8, frameon=False)
+    return figure
+
+
+def bounds_and_norms(panel: Axes, rows: Sequence[BlockRow]) -> None:
     numbers = [row.block for row in rows]
     panel.axhline(1, color=INK, linewidth=0.8, linestyle=":", label="limit of invertibility")
-    for row in rows:
-        label = "certified bound" if row is rows[0] else None
-        panel.plot([row.block - 0.4, row.block + 0.4], [row.bound] * 2, color="#c0392b", linewidth=1.8, label=label)
     panel.bar(numbers, [row.measured for row in rows], width=0.6, color="#9db8d9", label="largest measured norm")
-    panel.plot(numbers, [row.median for row in rows], "_", color=INK, markersize=14, label="median measured norm")
-    panel.set(
-        ylim=(0, 1.05), xticks=thinned(numbers), xlabel="block, from data to noise", ylabel="Lipschitz constant of g"
-    )
-    figure.legend(loc="outside right center", fontsize=8, frameon=False)
-    return figure
+    width = max(2.0, min(14.0, 150 / len(rows)))
+    bound = {"color": "#c0392b", "markersize": 1.3 * width, "markeredgewidth": 1.8}
+    panel.plot(numbers, [row.bound for row in rows], "_", label="certified bound", **bound)
+    panel.plot(numbers, [row.median for row in rows], "_", color=INK, markersize=width, label="median measured norm")
+    panel.set(xticks=thinned(numbers))
+    panel.tick_params(labelsize=7)
+    panel.spines[["top", "right"]].set_visible(False)
 
 
 def thinned(numbers: Sequence[int], most: int = 16) -> list[int]:
@@ -89,34 +108,61 @@ def log_det_figure(rows: Sequence[LogDetWork], title: str) -> Figure:
     return figure
 
 
-def speed_quality_figure(results: Sequence[Result], title: str) -> Figure:
-    """Test log-likelihood against the time of one density; a line leads from a hollow original to its swapped twin."""
-    figure, panel = single(title, width=3.4 * PANEL, height=2.2 * PANEL)
-    places = {result.method: (1e6 * result.density_seconds, result.log_likelihood.mean) for result in results}
+def speed_quality_figure(standings: Sequence[Standing], title: str) -> Figure:
+    """Test log-likelihood against the time of one density; a line leads from a hollow original to its swapped twin.
+
+    Methods far below the rest stand on the lower edge, as triangles, so that the others can be told apart.
+    """
+    figure, panel = single(title, width=3.9 * PANEL, height=2.5 * PANEL)
+    found = {standing.method: standing for standing in standings if not standing.diverged}
+    low = lower_edge([standing.score.mean for standing in found.values()])
+    places = {
+        method: (1e6 * (standing.median(lambda result: result.density_seconds) or 0), max(standing.score.mean, low))
+        for method, standing in found.items()
+    }
     pairs = [(original, twin) for original, twin in TWINS.items() if original in places and twin in places]
     hollow = {original for original, _ in pairs}
-    for result in results:
+    for method, standing in found.items():
+        inside = standing.score.mean >= low
         panel.errorbar(
-            *places[result.method],
-            yerr=2 * result.log_likelihood.error,
-            fmt="o",
-            color=COLOURS[family(result.method)],
-            markerfacecolor="white" if result.method in hollow else None,
-            markersize=6,
+            *places[method],
+            yerr=2 * standing.score.error if inside else None,
+            fmt="*" if method == OURS else "o" if inside else "v",
+            color=colour(method),
+            markerfacecolor="white" if method in hollow else None,
+            markersize=11 if method == OURS else 6,
         )
-    for number, (original, twin) in enumerate(pairs):
+    for original, twin in pairs:
         ends = zip(places[original], places[twin], strict=True)
-        label = "original (hollow) to its swapped twin" if number == 0 else None
-        panel.plot(*ends, color=COLOURS[original], linewidth=0.8, alpha=0.6, zorder=0, label=label)
+        panel.plot(*ends, color=colour(original), linewidth=0.8, alpha=0.6, zorder=0)
     panel.margins(0.12)
     log_axes(panel, y=False)
     panel.set(
         xlabel="time of one log-density, within a batch (µs)", ylabel="test log-likelihood (nats ± 2 standard errors)"
     )
-    if pairs:
-        figure.legend(loc="outside lower center", fontsize=8, frameon=False)
+    figure.legend(
+        handles=keys(list(found), bool(pairs)), loc="outside lower center", ncols=5, fontsize=8, frameon=False
+    )
     place_labels(figure, panel, places)
     return figure
+
+
+def lower_edge(scores: Sequence[float]) -> float:
+    """Nothing is cut off unless it lies three times as far below the best as the median does."""
+    if not scores:
+        return 0.0
+    return max(min(scores), max(scores) - 3 * (max(scores) - float(np.median(scores))))
+
+
+def keys(methods: Sequence[str], pairs: bool) -> list[Line2D]:
+    """The legend of families, ours, and the lines."""
+    kinds = [name for name in KINDS if any(kind(method) == name for method in methods if method != OURS)]
+    found = [Line2D([], [], color=KINDS[name], marker="o", linestyle="", label=name) for name in kinds]
+    if OURS in methods:
+        found.append(Line2D([], [], color=HIGHLIGHT, marker="*", markersize=10, linestyle="", label=OURS))
+    if pairs:
+        found.append(Line2D([], [], color=INK, linewidth=0.8, label="original (hollow) to its swapped twin"))
+    return found
 
 
 # shared ----------------------------------------------------------------------------------------------
