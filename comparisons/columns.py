@@ -12,7 +12,8 @@ from comparisons.tables import NOTHING, Columns, Grid
 
 MARKS: dict[Verdict | None, str] = {"better": "▲", "worse": "▼", "within 2 standard errors": "≈", None: "?"}
 LEGEND = (
-    "▲ ours is ahead beyond two standard errors, ▼ ours is behind, ≈ too close to call, ? left open. "
+    "▲ ours is ahead beyond two standard errors (more with few seeds), ▼ ours is behind, ≈ too close to call, "
+    "? left open. "
     "† one seed: the error is over test points alone and says nothing about another training."
 )
 
@@ -188,13 +189,14 @@ def summary_grids(opponents: Sequence[Opponent], tasks: Sequence[str], most: int
     total = overall(opponents)
     counts = {"ahead ▲": total.ahead, "behind ▼": total.behind, "level ≈": total.level, "open ?": total.open}
     grid = Grid.of("Tasks on which ours is ahead and behind", TALLY, opponents)
+    name = TALLY["method"]
     parts = [tasks[start : start + most] for start in range(0, len(tasks), most)]
     return [
         grid.with_line({"method": "all", **{name: str(count) for name, count in counts.items()}}),
         *(
             Grid.of(
                 "Ours minus theirs (nats)",
-                {"method": TALLY["method"], **{task: column(task) for task in part}},
+                {"method": name, **{task: column(task) for task in part}},
                 opponents,
             )
             for part in parts
@@ -228,10 +230,10 @@ MEANING = {
     "learning rate": "Of Adam; none where the method is fitted in one go.",
     "inverse error": "Largest |x − x'| over test points and seeds, x' being x sent to noise and back, in the precision "
     "of the run; and how many points came back not finite.",
-    "Lipschitz bound": "The largest certified bound of a residual branch g, over blocks and seeds; below 1 the block is "
-    "invertible. Other transforms have none.",
-    "largest Jacobian": "The largest norm of g's Jacobian at test points, over blocks and seeds: what the bound has to "
-    "cover. The gap is room that the block does not use.",
+    "Lipschitz bound": "The largest certified bound of a residual branch g, over blocks and seeds; below 1 the block "
+    "is invertible. Other transforms have none.",
+    "largest Jacobian": "The largest norm of g's Jacobian at test points, over blocks and seeds: what the bound has "
+    "to cover. The gap is room that the block does not use.",
     "g per inverse": "Evaluations of g to invert one block at one point, mean over blocks.",
     "log-det error (nats)": "Bound on what an inexact log-determinant adds to the error of the mean; 0 is exact.",
     "lost samples": "Share of samples that are not finite; distances leave them out.",

@@ -217,7 +217,14 @@ def place_labels(figure: Figure, panel: Axes, places: dict[str, tuple[float, flo
         tried: list[tuple[float, int, Annotation]] = []
         for rank, (right, up, horizontal, vertical) in enumerate(CORNERS):
             label = panel.annotate(
-                name, place, (right, up), textcoords="offset points", ha=horizontal, va=vertical, fontsize=7, color=INK
+                name,
+                place,
+                (right, up),
+                textcoords="offset points",
+                ha=horizontal,
+                va=vertical,
+                fontsize=7,
+                color=colour(name),
             )
             label.set_path_effects(HALO)
             box = label.get_window_extent()

@@ -27,7 +27,7 @@ KINDS = {  # colours of the families of methods
     "elementary": "#7b4fa3",
     "continuous": "#8c564b",
     "residual": "#1b8a5a",
-    "floor": "#777777",
+    "floor": "#444444",
 }
 VERDICTS = {"better": "#1b8a5a", "worse": HIGHLIGHT, "within 2 standard errors": "#777777"}
 
@@ -235,13 +235,21 @@ def learning_curves(task: str, standings: Sequence[Standing], entropy: float | N
         if entropy is not None:
             handles.append(Line2D([], [], color=INK, linewidth=0.8, linestyle=":", label="entropy of the data"))
         grid[1][column].legend(
-            handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.22), fontsize=7, frameon=False
+            handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.34), fontsize=7, frameon=False
         )
-    grid[0][0].set_ylim(*loss_limits([result for chosen in methods.values() for result in chosen], entropy))
-    start = [run.history.seconds[1] for chosen in methods.values() for run in chosen if len(run.history.seconds) > 2]
+    runs = [run for chosen in methods.values() for run in chosen]
+    low, high = loss_limits(runs, entropy)
+    grid[0][0].set_ylim(low, high)
+    entries = [time for run in runs for time in first_below(run, high)]
     for panel in grid[1]:
-        panel.set_xlim(left=min(start, default=None))  # from the second validation on
+        panel.set_xlim(left=0.8 * min(entries, default=1.25))  # what comes before is above the frame
     return figure
+
+
+def first_below(run: Result, loss: float) -> list[float]:
+    """The seconds after which a run gets below a loss, in a list that is empty if it never does."""
+    times = zip(run.history.seconds, run.history.validation, strict=True)
+    return [seconds for seconds, validation in times if validation < loss and seconds > 0][:1]
 
 
 def styles(methods: Sequence[str]) -> dict[str, dict]:
@@ -293,7 +301,8 @@ def loss_limits(results: Sequence[Result], entropy: float | None) -> tuple[float
 
 
 def difference_figure(opponents: Sequence[Opponent], tasks: Sequence[str], columns: int = 4) -> Figure:
-    """Ours minus theirs with 95 % intervals, a panel a task, a row a method, on an axis that is linear about 0."""
+    """Ours minus theirs with 95 % intervals, a panel a task, a row a method. Where differences differ
+    much in size, the axis is linear about 0 and logarithmic beyond."""
     gaps = {opponent.method: opponent.gaps for opponent in opponents}
     methods = in_order(gaps)
     columns = min(columns, len(tasks))
@@ -332,14 +341,16 @@ def differences(panel: Axes, gaps: Mapping[str, Gap | None]) -> None:
         panel.plot(gap.interval.mean, row, "o", color=shade, markersize=3.5)
     means = [abs(gap.interval.mean) for gap in gaps.values() if gap and gap.interval and gap.interval.mean]
     unit = 10.0 ** math.floor(math.log10(np.median(means))) if means else 1.0
-    panel.set_xscale("symlog", linthresh=unit)
     ends = [end for gap in gaps.values() if gap and gap.interval for end in (gap.interval.low, gap.interval.high)]
     reach = max([2 * unit, *(1.3 * abs(end) for end in ends)])
-    powers = [unit * 10.0**k for k in range(math.floor(math.log10(reach / unit)) + 1)]
-    ticks = [-power for power in powers[::-1]] + [0.0] + powers
+    if reach > 20 * unit:  # some differences would hide all others
+        panel.set_xscale("symlog", linthresh=unit)
+        powers = [unit * 10.0**k for k in range(math.floor(math.log10(reach / unit)) + 1)]
+        ticks = [-power for power in powers[::-1]] + [0.0] + powers
+        panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        panel.minorticks_off()
     panel.set_xlim(-reach, reach)
-    panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks], fontsize=6)
-    panel.minorticks_off()
+    panel.tick_params(axis="x", labelsize=6)
     panel.tick_params(axis="y", labelsize=7, length=0)
     panel.grid(axis="y", color="#eeeeee", linewidth=0.6)
     panel.grid(axis="x", color="#e4e4e4", linewidth=0.6)

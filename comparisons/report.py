@@ -190,8 +190,8 @@ def summary_pictures(book: Book) -> list[Picture]:
     return [
         Picture(
             "differences",
-            "Ours minus every other method, with 95 % intervals over seeds and test points. The axis is linear up to "
-            "the marks next to 0 and logarithmic beyond. A cross: left open.",
+            "Ours minus every other method, with 95 % intervals over seeds and test points. Where differences differ "
+            "much in size, the axis is linear up to the marks next to 0 and logarithmic beyond. A cross: left open.",
             lambda: figures.difference_figure(book.opponents, book.tasks),
         )
     ]
