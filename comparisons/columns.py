@@ -62,6 +62,11 @@ def inverse_text(standing: Standing) -> str:
     return largest + (f", {lost} lost" if lost else "")
 
 
+def log_det_text(standing: Standing) -> str:
+    error = standing.largest(lambda result: result.log_det_error)
+    return "exact" if error == 0 else number(error, ".1e")
+
+
 def times(value: float | None) -> str:
     return NOTHING if value is None else f"× {value:.2g}"
 
@@ -113,7 +118,7 @@ GUARANTEES: Columns[Standing] = {
     "Lipschitz bound": largest(lambda result: result.lipschitz_bound, ".3f"),
     "largest Jacobian": largest(lambda r: max((block.measured for block in r.blocks), default=None), ".3f"),
     "g per inverse": median(evaluations, ".1f"),
-    "log-det error (nats)": largest(lambda result: result.log_det_error, ".1e"),
+    "log-det error (nats)": log_det_text,
 }
 BRIEF = ("method", SCORE, "ours − theirs (nats)", "ms/step", "density (µs)", "sampling (µs)", "inverse error")
 COMPACT: Columns[Standing] = {name: ({**QUALITY, **COST, **GUARANTEES})[name] for name in (*BRIEF, "Lipschitz bound")}
@@ -235,7 +240,7 @@ MEANING = {
     "largest Jacobian": "The largest norm of g's Jacobian at test points, over blocks and seeds: what the bound has "
     "to cover. The gap is room that the block does not use.",
     "g per inverse": "Evaluations of g to invert one block at one point, mean over blocks.",
-    "log-det error (nats)": "Bound on what an inexact log-determinant adds to the error of the mean; 0 is exact.",
+    "log-det error (nats)": "Bound on what an inexact log-determinant adds to the error of the mean.",
     "lost samples": "Share of samples that are not finite; distances leave them out.",
     "energy distance": "Of samples to test points, mean over seeds; in brackets its floor, which fresh data would "
     "score. At the floor samples cannot be told from data. So for all distances.",

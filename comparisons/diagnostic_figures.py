@@ -21,6 +21,7 @@ from comparisons.methods import TWINS
 from comparisons.standings import OURS, Standing
 
 MARKERS = "osD^vPX*"
+ROUNDING = 1e-9  # nats: an estimator with smaller errors counts as exact
 TICKS: dict[
     float, tuple[float, ...]
 ] = {  # first digits of the ticks of a logarithmic axis that spans less than so much
@@ -96,6 +97,9 @@ def log_det_figure(rows: Sequence[LogDetWork], title: str) -> Figure:
         for number, (name, line) in enumerate(lines(rows, lambda row: row.family).items()):
             style = {"color": colormaps["tab10"](number), "markersize": 5, "linewidth": 1.2}
             label = name if panel is left else None
+            if all(row.rms < ROUNDING for row in line):  # a point so far down would squeeze all others
+                panel.axvline(cost(line[0]), linestyle="--", color=style["color"], label=label and f"{label} (error 0)")
+                continue
             panel.plot(
                 [cost(row) for row in line], [row.rms for row in line], MARKERS[number] + "-", label=label, **style
             )

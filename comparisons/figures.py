@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 
 from comparisons.methods import METHODS, TWINS
@@ -82,8 +83,8 @@ def panels(
     """A grid of small square panels without ticks, the data first and then the methods, by name."""
     rows = wrapped([["data"], *clusters(methods)])
     columns, side = max(map(len, rows)), 1.45
-    figure = Figure(figsize=(side * columns + extra_width, (side + 0.36) * len(rows) + 0.4), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.03)  # pyright: ignore[reportOptionalMemberAccess]
+    size = side * columns + extra_width, (side + 0.36) * len(rows) + 0.4
+    figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.03))
     figure.suptitle(title, fontsize=11)
     grid = figure.subplots(len(rows), columns, squeeze=False)
     for panel in grid.flat:
@@ -273,7 +274,7 @@ def curve(panel: Axes, results: Sequence[Result], axis: str, style: dict, band: 
     count = min(len(result.history.steps) for result in results)
     if count < 2:
         if band:
-            panel.axhline(np.mean([result.validation for result in results]), **style)  # fitted in one go
+            panel.axhline(float(np.mean([result.validation for result in results])), **style)  # fitted in one go
         return
     losses = np.array([result.history.validation[:count] for result in results], float)
     along = np.mean([getattr(result.history, axis)[:count] for result in results], axis=0)

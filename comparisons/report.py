@@ -106,7 +106,8 @@ class Book:
 
     @property
     def opponents(self) -> list[Opponent]:
-        return opponents([chapter.standings for chapter in self.chapters])
+        found = {opponent.method: opponent for opponent in opponents([chapter.standings for chapter in self.chapters])}
+        return [found[method] for method in figures.in_order(found)]
 
     @property
     def gains(self) -> list[Gain]:

@@ -94,7 +94,7 @@ def of_swaps(gains: Sequence[Gain]) -> str:
 
 def in_words(found: Tally, who: str) -> str:
     parts = [f"{who} ahead in {found.ahead}", f"behind in {found.behind}", f"and too close to call in {found.level}"]
-    return ", ".join(parts) + (f"; {found.open} are left open" if found.open else "")
+    return ", ".join(parts) + (f"; {found.open} left open" if found.open else "")
 
 
 def counted(count: int, what: str) -> str:

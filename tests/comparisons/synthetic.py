@@ -84,7 +84,10 @@ def make_store(
                 if key in [failure.key for failure in failures]:
                     continue
                 mean = round(
-                    -3.5 - 0.3 * abs(np.sin(5.0 * number)) + np.random.default_rng([seed, number]).normal(0, 0.01), 6
+                    -3.5
+                    - 0.3 * abs(np.sin(5.0 * number + name.count("a")))
+                    + np.random.default_rng([seed, number]).normal(0, 0.01),
+                    6,
                 )
                 scores = make_scores(mean, seed=seed)
                 if key in diverged:
