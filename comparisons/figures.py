@@ -284,16 +284,17 @@ def curve(panel: Axes, results: Sequence[Result], axis: str, style: dict, band: 
 
 
 def loss_limits(results: Sequence[Result], entropy: float | None) -> tuple[float, float]:
-    """From the lowest loss to where most methods are after a quarter: starts, and losses far above the rest, leave the
-    frame, since the rest is what differs."""
+    """From the lowest loss to the highest after a quarter of the training: starts leave the frame, and so do losses far
+    above most, since the rest is what differs."""
     ends = [np.array(result.history.validation, float) for result in results]
     ends = [part[np.isfinite(part)] for loss in ends if len(part := loss[len(loss) // 4 :])]
     ends = [part for part in ends if len(part)]
     if not ends:
         return 0.0, 1.0
     floor = min(part.min() for part in ends) if entropy is None else entropy
-    last = np.array([part[-1] for part in ends])
-    top = min(max(part.max() for part in ends), floor + 4 * (np.median(last) - floor))
+    first, last = (np.array([part[place] for part in ends]) for place in (0, -1))
+    most = max(4 * (np.median(last) - floor), np.median(first) - floor)
+    top = min(max(part.max() for part in ends), floor + most)
     span = max(top - floor, last.min() - floor, 1e-3)
     return float(floor - 0.06 * span), float(floor + 1.05 * span)
 
