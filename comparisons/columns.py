@@ -178,10 +178,10 @@ GAINS: Columns[Gain] = {
 
 TALLY: Columns[Opponent] = {
     "method": lambda opponent: opponent.method,
-    "ahead ▲": lambda opponent: str(opponent.tally.ahead),
-    "behind ▼": lambda opponent: str(opponent.tally.behind),
-    "level ≈": lambda opponent: str(opponent.tally.level),
-    "open ?": lambda opponent: str(opponent.tally.open),
+    "▲ ahead": lambda opponent: str(opponent.tally.ahead),
+    "▼ behind": lambda opponent: str(opponent.tally.behind),
+    "≈ level": lambda opponent: str(opponent.tally.level),
+    "? open": lambda opponent: str(opponent.tally.open),
 }
 
 
@@ -192,7 +192,7 @@ def summary_grids(opponents: Sequence[Opponent], tasks: Sequence[str], most: int
         return lambda opponent: gap_text(opponent.gaps.get(task))
 
     total = overall(opponents)
-    counts = {"ahead ▲": total.ahead, "behind ▼": total.behind, "level ≈": total.level, "open ?": total.open}
+    counts = {"▲ ahead": total.ahead, "▼ behind": total.behind, "≈ level": total.level, "? open": total.open}
     grid = Grid.of("Tasks on which ours is ahead and behind", TALLY, opponents)
     name = TALLY["method"]
     parts = [tasks[start : start + most] for start in range(0, len(tasks), most)]

@@ -241,7 +241,7 @@ def learning_curves(task: str, standings: Sequence[Standing], entropy: float | N
     runs = [run for chosen in methods.values() for run in chosen]
     low, high = loss_limits(runs, entropy)
     grid[0][0].set_ylim(low, high)
-    entries = [time for run in runs for time in first_below(run, high)]
+    entries = [time for run in runs if len(run.history.steps) > 1 for time in first_below(run, high)]
     for panel in grid[1]:
         panel.set_xlim(left=0.8 * min(entries, default=1.25))  # what comes before is above the frame
     return figure
@@ -342,10 +342,11 @@ def differences(panel: Axes, gaps: Mapping[str, Gap | None]) -> None:
         panel.plot([gap.interval.low, gap.interval.high], [row, row], color=shade, linewidth=1.3)
         panel.plot(gap.interval.mean, row, "o", color=shade, markersize=3.5)
     means = [abs(gap.interval.mean) for gap in gaps.values() if gap and gap.interval and gap.interval.mean]
-    unit = 10.0 ** math.floor(math.log10(np.median(means))) if means else 1.0
+    usual = float(np.median(means)) if means else 1.0
     ends = [end for gap in gaps.values() if gap and gap.interval for end in (gap.interval.low, gap.interval.high)]
-    reach = max([2 * unit, *(1.3 * abs(end) for end in ends)])
-    if reach > 20 * unit:  # some differences would hide all others
+    reach = 1.15 * max([usual, *map(abs, ends)])
+    if reach > 10 * usual:  # some differences would hide all others
+        unit = 10.0 ** math.floor(math.log10(usual))
         panel.set_xscale("symlog", linthresh=unit)
         powers = [unit * 10.0**k for k in range(math.floor(math.log10(reach / unit)) + 1)]
         ticks = [-power for power in powers[::-1]] + [0.0] + powers
