@@ -12,24 +12,15 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import AbstractPathEffect, withStroke
 from matplotlib.text import Annotation
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from matplotlib.transforms import Bbox
 
 from comparisons.diagnostics import BlockRow, InverseWork, LogDetWork
-from comparisons.figures import HIGHLIGHT, INK, KINDS, PANEL, colour, kind
+from comparisons.figures import HIGHLIGHT, INK, KINDS, PANEL, colour, kind, plain_ticks
 from comparisons.methods import TWINS
 from comparisons.standings import OURS, Standing
 
 MARKERS = "osD^vPX*"
 ROUNDING = 1e-9  # nats: an estimator with smaller errors counts as exact
-TICKS: dict[
-    float, tuple[float, ...]
-] = {  # first digits of the ticks of a logarithmic axis that spans less than so much
-    3: (1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 4, 5, 6, 7, 8, 9),
-    10: (1, 1.5, 2, 3, 5, 7),
-    1e3: (1, 2, 5),
-    float("inf"): (1,),
-}
 HALO: list[AbstractPathEffect] = [withStroke(linewidth=2, foreground="white")]  # keeps a label legible on lines
 Row = TypeVar("Row")
 
@@ -190,11 +181,7 @@ def lines(rows: Sequence[Row], key: Callable[[Row], str]) -> dict[str, list[Row]
 def log_axes(panel: Axes, y: bool = True) -> None:
     """Logarithmic axes; the horizontal one with plain numbers, since costs rarely span many decades."""
     panel.set_xscale("log")
-    low, high = panel.get_xlim()
-    digits = next(digits for span, digits in TICKS.items() if high / low < span)
-    panel.xaxis.set_major_locator(LogLocator(subs=digits))
-    panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    panel.xaxis.set_minor_formatter(NullFormatter())
+    plain_ticks(panel)
     if y:
         panel.set_yscale("log")
     panel.grid(color="#e4e4e4", linewidth=0.6)
@@ -204,7 +191,8 @@ def log_axes(panel: Axes, y: bool = True) -> None:
 
 
 # Where a label may stand: points to the right and up, and its alignment.
-CORNERS = [
+Corner = tuple[float, float, str, str]
+CORNERS: list[Corner] = [
     (distance * x, distance * y, {-1: "right", 0: "center", 1: "left"}[x], {-1: "top", 0: "center", 1: "bottom"}[y])
     for distance in (6, 14, 24)
     for x, y in ((1, 1), (-1, 1), (1, -1), (-1, -1), (1, 0), (-1, 0), (0, 1), (0, -1))
@@ -218,27 +206,21 @@ def place_labels(figure: Figure, panel: Axes, places: dict[str, tuple[float, flo
     taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in marks]
     frame = panel.get_window_extent()
     for name, place in places.items():
-        tried: list[tuple[float, int, Annotation]] = []
-        for rank, (right, up, horizontal, vertical) in enumerate(CORNERS):
-            label = panel.annotate(
-                name,
-                place,
-                (right, up),
-                textcoords="offset points",
-                ha=horizontal,
-                va=vertical,
-                fontsize=7,
-                color=colour(name),
-            )
-            label.set_path_effects(HALO)
-            box = label.get_window_extent()
-            outside = box.width * box.height - overlap(box, frame)
-            tried.append((outside + sum(overlap(box, other) for other in taken), rank, label))
-        best = min(tried, key=lambda attempt: attempt[:2])[2]
-        for _, _, label in tried:
-            if label is not best:
-                label.remove()
-        taken.append(best.get_window_extent())
+        label = panel.annotate(name, place, (0, 0), textcoords="offset points", fontsize=7, color=colour(name))
+        label.set_path_effects(HALO)
+
+        def cost(corner: Corner, label: Annotation = label) -> float:
+            box = put(label, corner)
+            return box.width * box.height - overlap(box, frame) + sum(overlap(box, other) for other in taken)
+
+        taken.append(put(label, min(CORNERS, key=cost)))
+
+
+def put(label: Annotation, corner: Corner) -> Bbox:
+    """Move a label; the space that it then takes."""
+    right, up, horizontal, vertical = corner
+    label.set(position=(right, up), horizontalalignment=horizontal, verticalalignment=vertical)
+    return label.get_window_extent()
 
 
 def overlap(a: Bbox, b: Bbox) -> float:

@@ -13,6 +13,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from comparisons.methods import METHODS, TWINS
 from comparisons.results import Result
@@ -31,6 +32,13 @@ KINDS = {  # colours of the families of methods
     "floor": "#444444",
 }
 VERDICTS = {"better": "#1b8a5a", "worse": HIGHLIGHT, "within 2 standard errors": "#777777"}
+# First digits of the ticks of a logarithmic axis that spans less than so much.
+TICKS: dict[float, tuple[float, ...]] = {
+    3: (1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 4, 5, 6, 7, 8, 9),
+    10: (1, 1.5, 2, 3, 5, 7),
+    1e3: (1, 2, 5),
+    math.inf: (1,),
+}
 
 # Groups that stay side by side: ours, the pair of the i-ResNet paper's figure, and every original with its twin.
 GROUPS = [
@@ -244,7 +252,18 @@ def learning_curves(task: str, standings: Sequence[Standing], entropy: float | N
     entries = [time for run in runs if len(run.history.steps) > 1 for time in first_below(run, high)]
     for panel in grid[1]:
         panel.set_xlim(left=0.8 * min(entries, default=1.25))  # what comes before is above the frame
+        plain_ticks(panel, widest=1e3)
     return figure
+
+
+def plain_ticks(panel: Axes, widest: float = 3) -> None:
+    """Plain numbers at the ticks of a logarithmic horizontal axis, as many as suit its span; few in a narrow panel,
+    whose span counts as at least `widest`."""
+    low, high = panel.get_xlim()
+    digits = next(digits for span, digits in TICKS.items() if high / low < span and span >= widest)
+    panel.xaxis.set_major_locator(LogLocator(subs=digits))
+    panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    panel.xaxis.set_minor_formatter(NullFormatter())
 
 
 def first_below(run: Result, loss: float) -> list[float]:
