@@ -131,7 +131,7 @@ def samples_columns(standings: Sequence[Standing]) -> Columns[Standing]:
     def column(name: str) -> Callable[[Standing], str]:
         def text(standing: Standing) -> str:
             pair = standing.distance(name)
-            return NOTHING if pair is None else f"{number(pair.distance, '.4f')} ({number(pair.floor, '.4f')})"
+            return NOTHING if pair is None else f"{number(pair.distance, '.3g')} ({number(pair.floor, '.2g')})"
 
         return text
 

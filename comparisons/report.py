@@ -352,11 +352,13 @@ def write_page(store: Store, name: str, source: Callable[[Picture], str]) -> Pat
 
 def plain(value: object) -> str:
     """A setting in words."""
+    if value in (None, [], {}, ""):
+        return "none"
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {plain(item)}" for key, item in value.items())
     if isinstance(value, (list, tuple)):
         return ", ".join(map(plain, value))
-    return "none" if value is None else " ".join(str(value).split())
+    return " ".join(str(value).split())
 
 
 def mood(cell: str) -> Literal["ahead", "behind", ""]:
