@@ -68,9 +68,10 @@ def inverse_figure(rows: Sequence[InverseWork], title: str) -> Figure:
     """The true error of every solver against its evaluations, and above it the error that it certified (dotted)."""
     figure, panel = single(title)
     for number, (name, line) in enumerate(lines(rows, lambda row: row.name).items()):
-        cost, colour = [row.evaluations for row in line], colormaps["tab10"](number)
-        panel.plot(cost, [row.error for row in line], MARKERS[number] + "-", color=colour, markersize=4, label=name)
-        panel.plot(cost, [row.certified for row in line], ":", color=colour, linewidth=1.2)
+        cost, shade = [row.evaluations for row in line], colormaps["tab10"](number)
+        sizes = {"markersize": max(3.5, 8 - 2 * number), "linewidth": max(1.0, 3 - number)}  # equal lines stay visible
+        panel.plot(cost, [row.error for row in line], MARKERS[number] + "-", color=shade, label=name, **sizes)
+        panel.plot(cost, [row.certified for row in line], ":", color=shade, linewidth=1.2)
     panel.plot([], [], ":", color=INK, linewidth=1.2, label="certified error")
     log_axes(panel)
     panel.set(xlabel="evaluations of g per point and block (mean)", ylabel="largest error |x − x*|")
@@ -95,6 +96,7 @@ def log_det_figure(rows: Sequence[LogDetWork], title: str) -> Figure:
                 [cost(row) for row in line], [row.rms for row in line], MARKERS[number] + "-", label=label, **style
             )
         log_axes(panel)
+    left.set_ylim(bottom=max(left.get_ylim()[0], ROUNDING))
     left.set(
         xlabel="evaluations of g and Jacobian products per point", ylabel="error of log det (nats, root mean square)"
     )
@@ -213,7 +215,7 @@ def place_labels(figure: Figure, panel: Axes, places: dict[str, tuple[float, flo
             box = put(label, corner)
             return box.width * box.height - overlap(box, frame) + sum(overlap(box, other) for other in taken)
 
-        taken.append(put(label, min(CORNERS, key=cost)))
+        taken.append(put(label, min(CORNERS, key=cost)).padded(3))
 
 
 def put(label: Annotation, corner: Corner) -> Bbox:

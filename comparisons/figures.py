@@ -328,7 +328,8 @@ def difference_figure(opponents: Sequence[Opponent], tasks: Sequence[str], colum
     methods = in_order(gaps)
     columns = min(columns, len(tasks))
     rows = -(-len(tasks) // columns)
-    figure = Figure(figsize=(2.3 * columns + 1.7, rows * (0.165 * len(methods) + 0.75) + 0.6), layout="constrained")
+    size = max(2.3 * columns, 4.6) + 1.7, rows * (0.165 * len(methods) + 0.75) + 0.6
+    figure = Figure(figsize=size, layout="constrained")
     figure.suptitle("Ours minus theirs (nats, 95 % intervals): right of 0 ours is better", fontsize=11)
     grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
     for panel in list(grid.flat)[len(tasks) :]:

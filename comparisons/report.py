@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -248,7 +249,8 @@ def task_pictures(chapter: Chapter) -> list[Picture]:
             ),
         ),
     }
-    return [Picture(f"{task}-{name}", caption, draw) for name, (there, caption, draw) in shown.items() if there]
+    stem = re.sub(r"[^\w.-]+", "-", task)  # tasks of users' files have any name
+    return [Picture(f"{stem}-{name}", caption, draw) for name, (there, caption, draw) in shown.items() if there]
 
 
 def blocks_of(table: Sequence[Standing]) -> dict[str, list]:
