@@ -69,8 +69,16 @@ def inverse_figure(rows: Sequence[InverseWork], title: str) -> Figure:
     figure, panel = single(title)
     for number, (name, line) in enumerate(lines(rows, lambda row: row.name).items()):
         cost, shade = [row.evaluations for row in line], colormaps["tab10"](number)
-        sizes = {"markersize": max(3.5, 8 - 2 * number), "linewidth": max(1.0, 3 - number)}  # equal lines stay visible
-        panel.plot(cost, [row.error for row in line], MARKERS[number] + "-", color=shade, label=name, **sizes)
+        width = max(1.0, 3.0 - number)  # lines that coincide stay visible
+        panel.plot(
+            cost,
+            [row.error for row in line],
+            MARKERS[number] + "-",
+            color=shade,
+            label=name,
+            linewidth=width,
+            markersize=2 * width + 1.5,
+        )
         panel.plot(cost, [row.certified for row in line], ":", color=shade, linewidth=1.2)
     panel.plot([], [], ":", color=INK, linewidth=1.2, label="certified error")
     log_axes(panel)
