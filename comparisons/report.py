@@ -58,7 +58,8 @@ class Chapter:
 
     @property
     def about(self) -> str:
-        return str(self.data["about"])
+        about = str(self.data["about"])
+        return about[:1].upper() + about[1:]
 
     @property
     def preprocessing(self) -> list[str]:
@@ -128,7 +129,8 @@ class Book:
 
     @property
     def summary_grids(self) -> list[Grid]:
-        return summary_grids(self.opponents, self.tasks) if self.opponents else []
+        """Over several tasks; one task has all of it in its own tables."""
+        return summary_grids(self.opponents, self.tasks) if self.opponents and len(self.chapters) > 1 else []
 
     @property
     def gain_grid(self) -> Grid:
@@ -312,9 +314,7 @@ def terminal_tables(store: Store) -> list[Table]:
     ]
     if book.gains:
         grids.append(book.gain_grid)
-    if len(book.chapters) > 1:
-        grids += book.summary_grids
-    return [grid.rich() for grid in grids]
+    return [grid.rich() for grid in [*grids, *book.summary_grids]]
 
 
 def write_markdown(store: Store) -> Path:
