@@ -6,6 +6,7 @@ does it with a flow of yours, and `report` shows a finished or an interrupted ru
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
@@ -53,6 +54,13 @@ def available(device: str) -> str:
     if device == "cuda" and not torch.cuda.is_available():
         raise typer.BadParameter("torch sees no CUDA device here; use cpu.")
     return device
+
+
+def tensorboard_there(wanted: bool) -> bool:
+    """A callback that refuses what would fail in every cell."""
+    if wanted and importlib.util.find_spec("tensorboard") is None:
+        raise typer.BadParameter('tensorboard is not installed; pip install "iresflow_plugin[tensorboard]".')
+    return wanted
 
 
 def files(values: list[str] | None) -> list[str]:
@@ -115,7 +123,10 @@ Nodes = Annotated[int, typer.Option(min=1, help="Nodes that share every training
 Workers = Annotated[int, typer.Option(min=1, help="Cells that run side by side, each with one thread.")]
 Out = Annotated[Path, typer.Option(help="Folder of the run. The same command goes on with what is there.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Throw away what is in the folder.")]
-TensorBoard = Annotated[bool, typer.Option("--tensorboard", help="Write logs for TensorBoard into the folder.")]
+TensorBoard = Annotated[
+    bool,
+    typer.Option("--tensorboard", help="Write logs for TensorBoard into the folder.", callback=tensorboard_there),
+]
 Folder = Annotated[Path, typer.Argument(help="The folder of a run.", exists=True, file_okay=False)]
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import TypeVar
 
 from rich import box
@@ -12,6 +14,7 @@ from rich.table import Table
 
 Row = TypeVar("Row")
 Columns = Mapping[str, Callable[[Row], str]]
+NOTHING = "–"  # the text of a cell that has no number
 
 PROGRESS_COLUMNS = (
     TextColumn("{task.description}"),
@@ -21,6 +24,36 @@ PROGRESS_COLUMNS = (
     TextColumn("to go"),
     TimeRemainingColumn(),
 )
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table as text, made once for the terminal, Markdown and HTML; columns without a number are left out."""
+
+    title: str
+    headings: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    bold: int | None = None  # a row that stands out
+
+    @classmethod
+    def of(cls, title: str, columns: Columns[Row], rows: Sequence[Row], bold: int | None = None) -> Grid:
+        filled = {name: [cell(row) for row in rows] for name, cell in columns.items()}
+        kept = {name: cells for name, cells in filled.items() if set(cells) != {NOTHING}}
+        return cls(title, list(kept), list(zip(*kept.values(), strict=True)), bold)
+
+    def with_line(self, cells: Mapping[str, str]) -> Grid:
+        """With one more row, empty but for the given columns."""
+        return replace(self, rows=[*self.rows, [cells.get(heading, "") for heading in self.headings]])
+
+    def rich(self) -> Table:
+        return rich_table(self.title, self.columns, self.rows, None if self.bold is None else self.rows[self.bold])
+
+    def markdown(self) -> str:
+        return markdown_table(self.columns, self.rows)
+
+    @property
+    def columns(self) -> Columns[Sequence[str]]:
+        return {heading: itemgetter(number) for number, heading in enumerate(self.headings)}
 
 
 def rich_table(title: str, columns: Columns[Row], rows: Sequence[Row], best: Row | None = None) -> Table:

@@ -16,6 +16,7 @@ import torch
 from typer.testing import CliRunner
 
 from comparisons.__main__ import app
+from comparisons.methods import METHODS
 
 Command = Callable[..., "subprocess.Popen[str]"]
 
@@ -26,53 +27,85 @@ def run(*arguments: str) -> tuple[int, str]:
     return result.exit_code, " ".join(re.sub(r"[│╭╮╰╯─]", " ", result.output).split())
 
 
-@pytest.mark.parametrize("arguments", [[], ["quickstart"], ["train"], ["bench"], ["report"]])
+COMMANDS = ["quickstart", "run", "swap", "bench", "property-kit", "report", "figures", "data"]
+
+
+@pytest.mark.parametrize("arguments", [[], *([command] for command in COMMANDS)])
 def test_help_explains_itself(arguments: list[str]) -> None:
     code, output = run(*arguments, "--help")
     assert code == 0 and "Usage" in output
+    assert all(command in output for command in COMMANDS) or arguments
 
 
 @pytest.mark.parametrize(
-    ("option", "some"), [("--task", ["checkerboard", "gas-turbine"]), ("--method", ["nflows-maf"])]
+    ("option", "some"),
+    [("--task", ["checkerboard", "gas-turbine"]), ("--method", ["nflows-maf"]), ("--suite", ["toy", "tabular"])],
 )
-@pytest.mark.parametrize("command", ["quickstart", "train"])
-def test_a_wrong_name_lists_the_right_ones(command: str, option: str, some: list[str]) -> None:
-    code, output = run(command, option, "chekerboard")
+def test_a_wrong_name_lists_the_right_ones(option: str, some: list[str]) -> None:
+    code, output = run("run", option, "chekerboard")
     assert code == 2
     assert "'chekerboard'" in output and all(name in output for name in some)
 
 
 def test_a_wrong_device_is_refused() -> None:
-    code, output = run("quickstart", "--device", "abacus")
+    code, output = run("run", "--device", "abacus", "--task", "rings")
     assert code == 2 and "cpu, cuda" in output
 
 
-def test_quickstart_leaves_table_json_and_report(tmp_path: Path) -> None:
-    methods = ["nflows-maf", "nflows-maf-swapped"]
+def test_nothing_to_run_is_said() -> None:
+    code, output = run("run")
+    assert code == 2 and "--suite" in output
+
+
+def test_a_run_leaves_tables_json_and_report(tmp_path: Path) -> None:
+    methods = ["nflows-maf", "nflows-maf-swapped", "ours"]
     options = [part for name in methods for part in ("--method", name)]
-    tasks = ["--task", "checkerboard", "--task", "digits"]
-    code, output = run("quickstart", *tasks, *options, "--steps", "2", "--workers", "1", "--out", str(tmp_path))
+    command = ["run", "--suite", "smoke", *options, "--seeds", "2", "--workers", "1", "--out", str(tmp_path), "--tune"]
+    code, output = run(*command, "--tensorboard")
     assert code == 0, output
-    assert "What the swap changed" in output
+    assert "What the swap changed" in output and "learning rate 0.01: validation" in output
 
     content = json.loads((tmp_path / "results.json").read_text())
-    assert {(cell["task"], cell["method"]) for cell in content["results"]} == {
-        (task, method) for task in ("checkerboard", "digits") for method in methods
-    }
+    assert [(cell["method"], cell["seed"]) for cell in content["results"]] == [
+        (method, seed) for seed in (0, 1) for method in methods
+    ]
+    trials = [json.loads(line) for line in (tmp_path / "tuning.jsonl").read_text().splitlines()]
+    assert len(trials) == 9  # as many for every method
     for cell in content["results"]:
-        assert cell["log_likelihood"]["error"] > 0 and cell["parameters"] > 1000 and cell["seed"] == 0
-        assert (cell["lipschitz_bound"] is None) == (not cell["method"].endswith("-swapped"))
+        assert cell["log_likelihood"]["error"] > 0 and cell["parameters"] > 1000
+        assert (cell["blocks"] == []) == (cell["method"] == "nflows-maf")
+        own = [trial for trial in trials if trial["method"] == cell["method"]]
+        assert cell["learning_rate"] == min(own, key=lambda trial: trial["validation"])["learning_rate"]
+        assert set(cell["distances"]) == {"energy distance", "sliced Wasserstein", "MMD²"}
     assert content["run"]["versions"]["torch"] and content["run"]["machine"]["cores"] and not content["failures"]
-    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == len(content["results"])
+    assert not list((tmp_path / "checkpoints").iterdir())  # of what is finished
+    assert list((tmp_path / "tensorboard").rglob("events.out*"))
 
     page = (tmp_path / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 5  # density, samples, curves; samples, curves
+    assert page.count("data:image/") == 8  # densities, samples, curves, speed, Lipschitz, inverse, log-det, dynamics
     assert "http" not in page.replace("http-equiv", "")  # self-contained
     assert all(method in page for method in methods)
+    assert "| ours |" in (tmp_path / "report.md").read_text()
 
     (tmp_path / "report.html").unlink()
     code, _ = run("report", str(tmp_path))  # from what lies on the disk
     assert code == 0 and (tmp_path / "report.html").exists()
+    code, output = run("figures", str(tmp_path))
+    assert code == 0 and (tmp_path / "figures" / "smoke-density.png").is_file()
+
+    code, output = run(*command, "--steps", "7")  # another budget in the same folder
+    assert code == 1 and "other settings" in output and "'steps': 7" in output and "--fresh" in output
+    code, output = run(*command)  # the same again: nothing is left to do
+    assert code == 0 and "6 cells were finished before; 0 are left" in output
+
+
+def test_the_smoke_suite_runs_every_method(command: Command, tmp_path: Path) -> None:
+    process = command("run", "--suite", "smoke", "--out", "out")
+    output, errors = process.communicate(timeout=400)
+    assert process.returncode == 0, output + errors
+    content = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert {cell["method"] for cell in content["results"]} == set(METHODS)
+    assert len((tmp_path / "out" / "results.jsonl").read_text().splitlines()) == len(METHODS)
 
 
 def test_a_cell_that_fails_is_recorded_and_the_rest_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,66 +113,138 @@ def test_a_cell_that_fails_is_recorded_and_the_rest_goes_on(tmp_path: Path, monk
 
     build = cells.build
 
-    def broken(method, features, parameters):
+    def broken(method, features, parameters, context):
         if method.name == "nflows-nsf":
             raise RuntimeError("no luck")
-        return build(method, features, parameters)
+        return build(method, features, parameters, context)
 
     monkeypatch.setattr(cells, "build", broken)
-    options = ["--task", "rings", "--method", "nflows-nsf", "--method", "nflows-maf", "--steps", "1", "--workers", "1"]
-    code, output = run("quickstart", *options, "--out", str(tmp_path))
+    options = ["--task", "smoke", "--method", "nflows-nsf", "--method", "nflows-maf", "--steps", "1", "--workers", "1"]
+    code, output = run("run", *options, "--out", str(tmp_path))
     assert code == 1 and "no luck" in output
     content = json.loads((tmp_path / "results.json").read_text())
     assert [cell["method"] for cell in content["results"]] == ["nflows-maf"]
     assert content["failures"][0]["error"] == "RuntimeError: no luck"
+    monkeypatch.undo()
+    assert run("run", *options, "--out", str(tmp_path))[0] == 0  # what failed is tried again
+    assert json.loads((tmp_path / "results.json").read_text())["failures"] == []
+
+
+def test_scores_that_are_not_finite_are_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from comparisons import cells
+
+    monkeypatch.setattr(cells, "log_likelihoods", lambda density, points, fabric: torch.full((10,), float("nan")))
+    options = ["--task", "smoke", "--method", "nflows-maf", "--steps", "1", "--workers", "1", "--out", str(tmp_path)]
+    code, output = run("run", *options)
+    assert code == 1 and "10 of 10 test points is not finite" in output
 
 
 def test_data_that_is_not_here_is_left_out_politely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from comparisons.cells import loaded
+
+    loaded.cache_clear()
     monkeypatch.setattr("comparisons.tasks.sources.data_folders", lambda: [tmp_path / "nowhere"])
-    options = ["--task", "gas-turbine", "--task", "rings", "--method", "nflows-maf", "--steps", "1", "--workers", "1"]
-    code, output = run("quickstart", *options, "--out", str(tmp_path / "out"))
+    options = ["--task", "gas-turbine", "--task", "smoke", "--method", "nflows-maf", "--steps", "1", "--workers", "1"]
+    code, output = run("run", *options, "--out", str(tmp_path / "out"))
     assert code == 0
     assert "Left out gas-turbine" in output and "nowhere" in output
     assert [cell["task"] for cell in json.loads((tmp_path / "out" / "results.json").read_text())["results"]] == [
-        "rings"
+        "smoke"
     ]
 
 
+def table(path: Path, header: str = "a,b,c") -> Path:
+    rows = torch.randn(100, header.count(",") + 1, generator=torch.Generator().manual_seed(0))
+    np.savetxt(path, rows.numpy(), delimiter=",", header=header, comments="")
+    return path
+
+
 def test_a_file_of_the_user_is_a_task(tmp_path: Path) -> None:
-    rows = torch.randn(100, 3, generator=torch.Generator().manual_seed(0))
-    np.savetxt(tmp_path / "mine.csv", rows.numpy(), delimiter=",", header="a,b,c", comments="")
-    (tmp_path / "bad.csv").write_text("")
-    files = ["--task", str(tmp_path / "mine.csv"), "--task", str(tmp_path / "bad.csv")]
+    good, empty, messy = table(tmp_path / "mine.csv"), tmp_path / "empty.csv", tmp_path / "messy.csv"
+    empty.write_text("")
+    lines = good.read_text().splitlines()
+    messy.write_text("\n".join(["a,b,c,d,e", *(f"{line},word{number},7" for number, line in enumerate(lines[1:]))]))
+    messy.write_text(messy.read_text().replace(messy.read_text().splitlines()[3], "1.0,,2.0,x,7"))  # a hole
+    files = [part for path in (good, empty, messy) for part in ("--data", str(path))]
     options = ["--method", "nflows-maf", "--steps", "1", "--workers", "1", "--out", str(tmp_path / "out")]
-    code, output = run("quickstart", *files, *options)
-    assert code == 0 and "bad.csv is empty" in output
-    (cell,) = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
-    assert cell["task"] == "mine.csv" and "mine.csv" in (tmp_path / "out" / "report.html").read_text()
-    assert run("quickstart", *files[2:], *options)[0] == 1  # nothing left to run
+    code, output = run("run", *files, *options)
+    assert code == 0 and "empty.csv is empty" in output
+    first, second = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
+    assert first["task"] == "mine.csv" and second["task"] == "messy.csv"
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "mine.csv" in page and "constant" in page  # column e was dropped, and the report says so
+    assert run("run", *files[2:4], *options)[0] == 1  # nothing left to run
+
+
+def test_columns_of_a_file_may_be_the_context(tmp_path: Path) -> None:
+    path = table(tmp_path / "mine.csv", "a,b,c,d")
+    options = ["--method", "nflows-maf", "--method", "planar", "--steps", "1", "--workers", "1"]
+    code, output = run("run", "--data", str(path), "--context", "d", *options, "--out", str(tmp_path / "out"))
+    assert code == 0, output
+    with np.load(tmp_path / "out" / "arrays" / "mine.csv.npz") as arrays:
+        assert arrays["features"] == 3
+    code, output = run("run", "--data", str(path), "--context", "z", *options, "--out", str(tmp_path / "other"))
+    assert code == 1 and "'z'" in output
+
+
+@pytest.mark.parametrize("task", ["two-moons-conditional", "digits-conditional"])
+def test_a_conditional_task_is_run_by_methods_that_take_a_context(tmp_path: Path, task: str) -> None:
+    options = ["--method", "ours", "--method", "normflows-realnvp", "--method", "normflows-residual"]
+    code, output = run("run", "--task", task, *options, "--steps", "1", "--workers", "1", "--out", str(tmp_path))
+    assert code == 0, output
+    assert f"Left out normflows-residual on {task}" in output
+    assert len(json.loads((tmp_path / "results.json").read_text())["results"]) == 2
 
 
 def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    code, output = run("train", "--task", str(tmp_path / "nowhere.csv"))
+    code, output = run("run", "--data", str(tmp_path / "nowhere.csv"))
     assert code == 2 and "there is no file" in output
 
 
-def test_a_conditional_task_fails_with_words_while_no_method_takes_a_context(tmp_path: Path) -> None:
-    options = ["--method", "nflows-maf", "--steps", "1", "--workers", "1", "--out", str(tmp_path)]
-    code, output = run("quickstart", "--task", "two-moons-conditional", *options)
-    assert code == 1 and "1 context numbers; no method takes any yet" in output
+def test_data_tells_what_the_tasks_are(tmp_path: Path) -> None:
+    code, output = run("data", "checkerboard", str(table(tmp_path / "mine.csv")), str(tmp_path / "nowhere.csv"))
+    assert code == 0 and "checkerboard" in output and "nowhere" in output
+
+
+def test_swap_takes_a_flow_of_the_user(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from nflows.flows import SimpleRealNVP\n"
+        "def make():\n    return SimpleRealNVP(features=3, hidden_features=16, num_layers=2, num_blocks_per_layer=1)\n"
+    )
+    table(tmp_path / "mine.csv")
+    output, errors = command(
+        "swap", "mine:make", "--data", "mine.csv", "--steps", "3", "--out", "out", "--workers", "2"
+    ).communicate(timeout=300)
+    assert "What the swap changed" in output, output + errors
+    first, second = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
+    assert {first["method"], second["method"]} == {"mine:make", "mine:make-swapped"}
+    assert abs(first["parameters"] / second["parameters"] - 1) < 0.1
+    assert "mine:make-swapped" in (tmp_path / "out" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("where", "words"), [("nothing", "MODULE:FLOW"), ("no_such:flow", "no_such"), ("math:pi", "nflows.flows.Flow")]
+)
+def test_swap_says_what_is_no_flow(where: str, words: str) -> None:
+    code, output = run("swap", where)
+    assert code == 2 and words in output
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 300
+    while not condition():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 def test_ctrl_c_leaves_finished_results(command: Command, tmp_path: Path) -> None:
     methods = ["nflows-maf", "normflows-realnvp", "nflows-nsf", "ours", "nflows-maf-swapped", "nflows-realnvp"]
     options = [part for name in methods for part in ("--method", name)]
-    process = command("quickstart", "--task", "rings", *options, "--steps", "10", "--out", "out")
+    process = command("run", "--task", "smoke", *options, "--steps", "10", "--out", "out")
     lines = tmp_path / "out" / "results.jsonl"
-    deadline = time.monotonic() + 200
-    while not (lines.exists() and len(lines.read_text().splitlines()) >= 1):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.005)
+    wait_for(lambda: lines.exists() and len(lines.read_text().splitlines()) >= 1, process)
     process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=100)
+    output, errors = process.communicate(timeout=200)
     assert process.returncode == 130, errors
     assert "Interrupted" in output
     finished = [json.loads(line)["method"] for line in lines.read_text().splitlines()]
@@ -147,6 +252,59 @@ def test_ctrl_c_leaves_finished_results(command: Command, tmp_path: Path) -> Non
     content = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [cell["method"] for cell in content["results"]] == finished
     assert (tmp_path / "out" / "report.html").exists()
+
+
+def test_a_killed_run_goes_on_to_the_same_numbers(command: Command, tmp_path: Path) -> None:
+    options = ["--task", "smoke", "--method", "nflows-maf", "--method", "ours", "--steps", "60"]
+    whole = command("run", *options, "--out", "whole")
+    assert whole.wait(timeout=300) == 0
+
+    process = command("run", *options, "--out", "killed")
+    checkpoint = tmp_path / "killed" / "checkpoints" / "smoke--ours--0.ckpt"
+    wait_for(checkpoint.exists, process)
+    children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 30
+    while any(alive(pid) for pid in children):  # none goes on writing
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert checkpoint.exists()  # it was killed in the middle of a cell
+    lines = tmp_path / "killed" / "results.jsonl"
+    with lines.open("a") as file:
+        file.write('{"task": "smoke", "meth')  # and, at worst, in the middle of a line
+
+    again = command("run", *options, "--out", "killed")
+    assert again.wait(timeout=300) == 0
+    first, second = (
+        {cell["method"]: cell for cell in json.loads((tmp_path / folder / "results.json").read_text())["results"]}
+        for folder in ("whole", "killed")
+    )
+    assert set(first) == set(second) == {"nflows-maf", "ours"}
+    for method in first:
+        assert first[method]["log_likelihood"] == second[method]["log_likelihood"]
+        assert first[method]["history"]["validation"] == second[method]["history"]["validation"]
+        assert first[method]["distances"] == second[method]["distances"]
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that only waits to be buried does not."""
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return False
+
+
+def test_two_devices_share_a_run(command: Command, tmp_path: Path) -> None:
+    options = ["--task", "smoke", "--method", "nflows-maf", "--steps", "5"]
+    two, one = command("run", *options, "--devices", "2", "--out", "two"), command("run", *options, "--out", "one")
+    assert two.wait(timeout=300) == 0 and one.wait(timeout=300) == 0
+    (alone,), (shared,) = (
+        json.loads((tmp_path / folder / "results.json").read_text())["results"] for folder in ("one", "two")
+    )
+    assert shared["history"]["validation"] == pytest.approx(alone["history"]["validation"], abs=2e-3)
+    assert shared["log_likelihood"]["mean"] == pytest.approx(alone["log_likelihood"]["mean"], abs=2e-3)
+    assert len((tmp_path / "two" / "results.jsonl").read_text().splitlines()) == 1
 
 
 def test_bench_quick(tmp_path: Path) -> None:

@@ -13,29 +13,31 @@ from comparisons.diagnostic_figures import (
     overlap,
     speed_quality_figure,
 )
-from comparisons.diagnostics import InverseWork, BlockRow, LogDetWork
+from comparisons.diagnostics import BlockRow, InverseWork, LogDetWork
 from comparisons.methods import METHODS, TWINS
-from comparisons.metrics import Estimate
-from comparisons.results import Result
-from comparisons.training import History
-from iresflow_plugin.log_det import PowerSeries
+from comparisons.standings import Standing
+from comparisons.statistics import Interval
+from iresflow_plugin.log_det import Exact, PowerSeries
+from tests.comparisons.synthetic import make_result
 
 
-def result(method: str, seconds: float, mean: float) -> Result:
-    return Result("t", method, 0, 1, 1, Estimate(mean, 0.01), 1.0, seconds, 1.0, 0.0, None, History(), "")
+def standing(method: str, seconds: float, mean: float) -> Standing:
+    runs = [make_result(method, mean, seed, density_seconds=seconds) for seed in range(3)]
+    return Standing(method, 1, runs, 0, Interval(mean, 0.01, 2), None)
 
 
-def crowd() -> list[Result]:
+def crowd() -> list[Standing]:
     """Every method in a narrow cluster."""
     random = np.random.default_rng(0)
-    return [result(name, 1e-6 * random.uniform(8, 12), random.normal(0, 0.02)) for name in METHODS]
+    return [standing(name, 1e-6 * random.uniform(8, 12), random.normal(0, 0.02)) for name in METHODS]
 
 
 def test_lipschitz_figure_draws_every_block() -> None:
     rows = [BlockRow(number, 0.97, 0.5, 0.2, 4.0) for number in range(1, 101)]
-    (panel,) = lipschitz_figure(rows, "100 blocks").axes
-    assert len(panel.patches) == 100
-    assert len(panel.get_xticks()) <= 16
+    figure = lipschitz_figure({"ours": rows, "i-resnet": rows[:4]}, "100 blocks")
+    assert [panel.get_title() for panel in figure.axes] == ["ours", "i-resnet"]
+    assert [len(panel.patches) for panel in figure.axes] == [100, 4]
+    assert len(figure.axes[0].get_xticks()) <= 16
 
 
 def test_inverse_figure_has_the_true_and_the_certified_error() -> None:
@@ -59,6 +61,24 @@ def test_log_det_figure_has_both_costs() -> None:
     assert "nats" in left.get_ylabel() and "µs" in right.get_xlabel()
 
 
+def test_an_exact_log_det_does_not_stretch_the_axis() -> None:
+    rows = [LogDetWork("series", PowerSeries(terms=n), 0, 0, 0.1 / n, 0.1 / n, n, 10 * n, 1e-6 * n) for n in (1, 2, 4)]
+    exact = LogDetWork("exact", Exact(), 0, 0, 0, 1e-15, 1, 5, 1e-6)
+    left, right = log_det_figure([exact, *rows], "title").axes
+    assert min(left.get_ylim()) > 1e-3
+    assert list(left.lines[0].get_xdata()) == [5, 5] and len(right.lines) == 2
+
+
+def test_who_is_far_below_stands_on_the_edge_and_who_diverged_is_left_out() -> None:
+    far = [standing("radial", 1e-5, -1e6), standing("planar", 1e-5, float("nan"))]
+    (panel,) = speed_quality_figure(
+        [*(row for row in crowd() if row.method not in ("radial", "planar")), *far], ""
+    ).axes
+    labels = [child.get_text() for child in panel.get_children() if isinstance(child, Annotation)]
+    assert "radial" in labels and "planar" not in labels
+    assert panel.get_ylim()[0] > -1
+
+
 def test_labels_of_a_crowd_do_not_cover_each_other() -> None:
     figure = speed_quality_figure(crowd(), "crowd")
     (panel,) = figure.axes
@@ -73,7 +93,7 @@ def test_labels_of_a_crowd_do_not_cover_each_other() -> None:
 
 def test_a_line_leads_from_each_original_to_its_twin() -> None:
     original, twin = next(iter(TWINS.items()))
-    pair = [result(original, 1e-6, 0.0), result(twin, 3e-6, 1.0)]
+    pair = [standing(original, 1e-6, 0.0), standing(twin, 3e-6, 1.0)]
     (panel,) = speed_quality_figure(pair, "pair").axes
     assert any(list(line.get_xdata()) == pytest.approx([1, 3]) for line in panel.lines if len(line.get_xdata()) == 2)
     (panel,) = speed_quality_figure(pair[:1], "alone").axes
