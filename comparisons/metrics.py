@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,7 +14,7 @@ from torch import Tensor
 from comparisons.methods import Density
 from comparisons.statistics import over_points
 from comparisons.tasks import Points, Task
-from comparisons.training import EXACT_UP_TO, evaluating, ready, synchronise
+from comparisons.training import EXACT_UP_TO, clock, evaluating, ready
 from comparisons.two_sample import DISTANCES, WithFloor, with_floor
 from iresflow_plugin import ResidualBlock
 from iresflow_plugin.log_det import Omitted
@@ -103,8 +102,6 @@ def median_seconds(call: Callable[[], object], device: torch.device) -> float:
 
 
 def timed(call: Callable[[], object], device: torch.device) -> float:
-    synchronise(device)
-    started = time.perf_counter()
+    started = clock(device)
     call()
-    synchronise(device)
-    return time.perf_counter() - started
+    return clock(device) - started

@@ -83,6 +83,7 @@ def run(plan: Plan, console: Console) -> int:
     Whatever happens, the finished cells are on disk, printed and reported.
     """
     torch.set_flush_denormal(True)
+    torch.set_num_threads(1)  # as in workers
     fabric = plan.machine.fabric()
     if plan.machine.parallel:
         fabric.launch()

@@ -16,7 +16,8 @@ class Budget:
 
     Args:
         steps: of the optimiser; with `seconds` no limit.
-        seconds: of training, validation not counted; None for a budget in steps.
+        seconds: of training, validation not counted, and on a CPU of its own work alone, so that a busy machine is
+            fair; None for a budget in steps.
         parameters: of every model; None takes what the task says.
         batch: points in a step; None takes what the task says.
     """

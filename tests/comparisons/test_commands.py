@@ -82,7 +82,7 @@ def test_a_run_leaves_tables_json_and_report(tmp_path: Path) -> None:
     assert list((tmp_path / "tensorboard").rglob("events.out*"))
 
     page = (tmp_path / "report.html").read_text()
-    assert page.count("data:image/") == 8  # densities, samples, curves, speed, Lipschitz, inverse, log-det, dynamics
+    assert page.count("data:image/") == 9  # differences, dynamics; densities, samples, curves, speed, blocks, work twice
     assert "http" not in page.replace("http-equiv", "")  # self-contained
     assert all(method in page for method in methods)
     assert "| ours |" in (tmp_path / "report.md").read_text()
