@@ -226,8 +226,8 @@ MEANING = {
     "validation loss": "The best seen in training, mean over seeds; lower is better.",
     "raw (nats)": "The log-likelihood in the units of the data before preprocessing.",
     "bits/dim": "Bits per dimension of the raw data, where it is quantised; lower is better.",
-    "ms/step": "Training time by steps. All times are medians over seeds; on a CPU they are those of one thread at work, "
-    "so that other programs do not count.",
+    "ms/step": "Training time by steps. All times are medians over seeds; on a CPU they are those of one thread at "
+    "work, so that other programs do not count.",
     "training (s)": "Of the training steps alone.",
     "density (µs)": "One log-density within a large batch.",
     "sampling (µs)": "One sample within a large batch.",
