@@ -15,7 +15,6 @@ from typing import Annotated
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from comparisons.methods import METHODS, TWINS
 from comparisons.settings import Budget, Machine
@@ -268,21 +267,30 @@ def data_(
     context: Columns = [],  # noqa: B006
 ) -> None:
     """What the tasks are: how many points, of what size, and what is done to them before training."""
-    from comparisons.tasks import DataNotFoundError, load
+    from comparisons.tables import Grid, print_wide
+    from comparisons.tasks import Task, load
 
-    table = Table(title="Tasks", title_justify="left")
-    for heading in ("task", "features", "context", "train to", "validation", "test", "about, and preprocessing"):
-        table.add_column(heading)
+    found: list[Task] = []
     for one in name or TASKS:
         try:
-            task = load(one, context if is_file(one) else ())
-        except (DataNotFoundError, ValueError) as error:
-            table.add_row(one, "-", "-", "-", "-", "-", f"[yellow]{error}[/]")
-            continue
-        text = "; ".join([task.about, *task.preprocessing])
-        sizes = [task.features, task.context_features or "-", f"{task.parameters:,} parameters"]
-        table.add_row(task.name, *map(str, sizes), f"{len(task.validation):,}", f"{len(task.test):,}", text)
-    console.print(table)
+            found.append(load(one, context if is_file(one) else ()))
+        except (FileNotFoundError, ValueError) as error:
+            console.print(f"[yellow]Left out {one}:[/] {error}", highlight=False)
+    columns: dict[str, Callable[[Task], str]] = {
+        "task": lambda task: task.name,
+        "features": lambda task: str(task.features),
+        "context": lambda task: str(task.context_features or "-"),
+        "validation": lambda task: f"{len(task.validation):,}",
+        "test": lambda task: f"{len(task.test):,}",
+        "batch": lambda task: str(task.batch),
+        "parameters": lambda task: f"{task.parameters:,}",
+    }
+    print_wide(console, [Grid.of("Tasks", columns, found).rich()] if found else [])
+    for task in found:
+        console.print(f"[bold]{task.name}[/] {task.about}", highlight=False)
+        for step in task.preprocessing:
+            console.print(f"  - {step}", highlight=False)
+    raise typer.Exit(int(not found))
 
 
 @app.command()

@@ -21,7 +21,7 @@ from comparisons.report import terminal_tables, write_markdown, write_report
 from comparisons.results import Failure, Result, SettingsError, Store, Trial
 from comparisons.settings import Budget, Machine
 from comparisons.tables import PROGRESS_COLUMNS, print_wide
-from comparisons.tasks import DataNotFoundError, Task
+from comparisons.tasks import Task
 from comparisons.workers import Outcome, in_turn, side_by_side
 
 INTERRUPTED = 130  # what a shell calls an end by Ctrl-C
@@ -122,7 +122,7 @@ def load_tasks(plan: Plan, console: Console) -> dict[str, Task]:
             if task.name in [other.name for other in tasks.values()]:
                 raise ValueError(f"another task is named {task.name}, too; rename the file.")
             tasks[name] = task
-        except (DataNotFoundError, ValueError) as error:  # the second: a file that cannot be used
+        except (FileNotFoundError, ValueError) as error:  # the second: a file that cannot be used
             console.print(f"[yellow]Left out {name}:[/] {error}", highlight=False)
     return tasks
 

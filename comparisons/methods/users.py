@@ -90,7 +90,7 @@ def flow_at(where: str) -> Any:
     if not hasattr(module, attribute):
         raise ValueError(f"{module_name} has no {attribute!r}.")
     found = getattr(module, attribute)
-    return copy.deepcopy(found) if isinstance(found, nn.Module) else found()
+    return copy.deepcopy(found) if isinstance(found, nn.Module) or not callable(found) else found()
 
 
 def host_of(flow: Any) -> type[Density]:
