@@ -20,17 +20,20 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from iresflow_plugin.maps import is_plain
+
 LOOSENESS = 1.04
 
 
-def rounding_margin(weight: Tensor, stored: torch.dtype | None = None) -> float:
+def rounding_margin(weight: Tensor, stored: torch.dtype | None = None, taps: int = 1) -> float:
     """Factor that covers the rounding of products, sums and roots over a matrix of this size and dtype.
 
-    With `stored`, also that of a scaled matrix kept in half precision: |fl(W) - W|_F <= eps / 2 |W|_F.
+    With `stored`, also that of a scaled matrix kept in half precision: |fl(W) - W|_F <= eps / 2 |W|_F. With `taps`,
+    of a convolution with so many such matrices.
     """
-    margin = 1.0 + 4 * max(weight.shape) * torch.finfo(weight.dtype).eps
+    margin = 1.0 + 4 * max(weight.shape) * taps * torch.finfo(weight.dtype).eps
     if stored in (torch.float16, torch.bfloat16):
-        margin *= 1.0 + 0.51 * torch.finfo(stored).eps * math.sqrt(min(weight.shape))
+        margin *= 1.0 + 0.51 * torch.finfo(stored).eps * math.sqrt(min(weight.shape) * taps)
     return margin
 
 
@@ -85,18 +88,65 @@ def schatten_gradient(weight: Tensor, looseness: float = LOOSENESS, margin: floa
         unit = weight / torch.linalg.vector_norm(weight, math.inf).clamp_min_(tiny)  # its squares cannot overflow
         unit.div_(torch.linalg.vector_norm(unit).clamp_min_(tiny))
         # power = exp(-log_scale) gram^exponent, and the trace of the Gram matrix is one
-        power, log_scale, exponent = unit @ unit.mT if wide else unit.mT @ unit, 0.0, 1
+        power, log_scale, exponent = unit @ unit.mH if wide else unit.mH @ unit, 0.0, 1
         for step in range(_squarings(power.shape[0], looseness)):
             if (
                 step and step % 3 == 0
             ):  # the largest eigenvalue is at least trace/n: three squarings cannot underflow it
-                trace = power.diagonal().sum().clamp_min_(tiny)
+                trace = power.diagonal().sum().real.clamp_min_(tiny)
                 power, log_scale = power.div_(trace), log_scale + trace.log()
             power, log_scale, exponent = power @ power, 2 * log_scale, 2 * exponent
         direction = power @ unit if wide else unit @ power
-        moment = torch.dot(direction.flatten(), unit.flatten()).clamp_min_(tiny)
+        moment = torch.vdot(direction.flatten(), unit.flatten()).real.clamp_min_(tiny)
         norm = ((moment.log() + log_scale) / (2 * exponent + 2)).exp()
         return direction.mul_(norm / moment * margin)
+
+
+@torch.no_grad()
+def largest_schatten_norm(gram: Tensor, looseness: float = LOOSENESS) -> Tensor:
+    """Which of many matrices, given as their Gram matrices (m, n, n), has the largest of those norms; shape (1,).
+
+    On the CPU the losers drop out on the way: tr(A^q)^(1/q) falls with q, and the norm of one of the leaders is known.
+    """
+    tiny = torch.finfo(gram.dtype).tiny
+    alive = torch.arange(len(gram), device=gram.device)
+    drops = gram.device.type == "cpu" and is_plain(gram) and not torch.compiler.is_compiling()
+    with full_precision(gram):
+        trace = _traces(gram).clamp_min(tiny)
+        size, unit = trace.log(), _scaled(gram, 1 / trace)
+        power, log_trace, exponent = unit, size, 1  # power = A^exponent / tr(A^exponent)
+        for _ in range(_squarings(gram.shape[-1], looseness)):
+            power = power @ power
+            trace = _traces(power).clamp_min(tiny)
+            power = _scaled(power, 1 / trace)
+            log_trace, exponent = trace.log() + 2 * log_trace, 2 * exponent
+            if drops and exponent > 2 and len(alive) > 1:
+                leader = log_trace.argmax()
+                reached = _reached(unit[leader], power[leader]).clamp_min(tiny).log() + size[leader]
+                keep = (~(log_trace / exponent < reached - 1e-4)).nonzero()[:, 0]  # NaN stays
+                if len(keep) < 0.8 * len(alive):
+                    alive, size, unit, power, log_trace = (t[keep] for t in (alive, size, unit, power, log_trace))
+        moment = (power.conj() * unit).sum((-2, -1)).real.clamp_min(tiny)
+        score = (moment.log() + log_trace + size) / (2 * exponent + 2)
+        return alive.index_select(0, score.argmax().view(1))
+
+
+def _reached(gram: Tensor, power: Tensor) -> Tensor:
+    """A value below the largest eigenvalue of A, and close to it: that of the longest column of A^q."""
+    v = power[:, power.diagonal().real.argmax()]
+    v = v / torch.linalg.vector_norm(v)
+    return torch.vdot(v, gram @ v).real
+
+
+def _scaled(matrices: Tensor, factors: Tensor) -> Tensor:
+    """Each times its real factor; complex times real is slow in torch, so as pairs of reals."""
+    if not matrices.is_complex():
+        return matrices * factors[:, None, None]
+    return torch.view_as_complex(torch.view_as_real(matrices) * factors[:, None, None, None])
+
+
+def _traces(matrices: Tensor) -> Tensor:
+    return matrices.diagonal(dim1=-2, dim2=-1).sum(-1).real
 
 
 def power_iteration(weight: Tensor, steps: int = 20, generator: torch.Generator | None = None) -> Tensor:
