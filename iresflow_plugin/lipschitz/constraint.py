@@ -83,8 +83,8 @@ class Spectral(Constraint):
     equals that copy entry by entry, so it cannot be stale; on a GPU the comparison would stall the queue, and it is
     recomputed. First derivatives with respect to the weight only: the gradient of the norm holds still.
 
-    Of a convolution the bound is that of `iresflow_plugin.lipschitz.convolution`: at most `looseness` times as loose,
-    1 % up to 16 channels and 20 % from 320 on, and its gradient is that at the frequency where the norm is largest.
+    Of a convolution the bound is that of `iresflow_plugin.lipschitz.convolution`: looser by at most `looseness`,
+    from 1 % for few channels to 20 % for many, and its gradient is that at the frequency where the norm is largest.
     """
 
     def __init__(self, lipschitz: float = 1.0) -> None:

@@ -89,12 +89,12 @@ class Convolution:
 
 
 def looseness(channels: int) -> float:
-    """How far the grid may overshoot: 1 % up to 16 channels (of the smaller side), 1 % more per 16, at most 20 %.
+    """How far the grid may overshoot: 1 % up to 16 channels (of the smaller side), 4 % up to 64, then 1 % more per 16.
 
-    The certificate costs channels^3 per point of the grid. For a 3x3 kernel this means 32x32 points for 16 channels,
-    16x16 for 64, 12x12 for 128, 8x8 from 320 on, half of which follow by symmetry.
+    The certificate costs channels^3 per point of the grid, of which there are for a 3x3 kernel 32x32 for 16 channels,
+    16x16 for 64, 12x12 for 128 and 8x8 from 320 on, at 20 %; half of them follow from the others by symmetry.
     """
-    return 1 + min(max(channels / 1600, 0.01), 0.2)
+    return 1.01 if channels <= 16 else 1 + min(max(channels / 1600, 0.04), 0.2)
 
 
 def grid(sizes: tuple[int, ...], overshoot: float) -> tuple[list[int], float]:
@@ -131,24 +131,27 @@ def schatten_gradient(weight: Tensor, convolution: Convolution, stored: torch.dt
     """D with <D, K> the bound and D its gradient at K, rounding margins included: `matrix.schatten_gradient` at the
     frequency and in the group where it is largest, carried back to the kernel."""
     kernel, sizes = convolution.split(weight)
-    tightness = matrix.LOOSENESS if min(kernel.shape[1:3]) > 16 else 1.01
-    points, factor = grid(sizes, looseness(min(kernel.shape[1:3])))
-    offsets = _lattice(sizes, weight)
-    group, wave = kernel.new_zeros(1, dtype=torch.long), kernel.new_ones(1)
+    channels = min(kernel.shape[1:3])
+    tightness = 1.01 if channels <= 16 else matrix.LOOSENESS
+    points, factor = grid(sizes, looseness(channels))
+    group = kernel.new_zeros(1, dtype=torch.long)
+    angle = torch.zeros(1, len(sizes), dtype=torch.float64, device=weight.device)
     with matrix.full_precision(weight):
         if kernel.shape[0] * math.prod(points) > 1:
             angles = _half_torus(points, weight)
             best = matrix.largest_schatten_norm(_gram(kernel, sizes, angles).flatten(0, 1), tightness)
-            group = best % kernel.shape[0]
-            if len(angles) > 1:
-                phase = (offsets @ angles.index_select(0, best // kernel.shape[0])[0]).to(weight.dtype)
-                wave = torch.complex(phase.cos(), phase.sin())
-        symbol = kernel.index_select(0, group)[0].to(wave.dtype) @ wave
-        direction = matrix.schatten_gradient(symbol, tightness)
-        direction = torch.real(direction[..., None] * wave.conj()).to(weight.dtype)
+            group, angle = best % kernel.shape[0], angles.index_select(0, best // kernel.shape[0])
+        chosen = kernel.index_select(0, group)[0]
+        phase = _lattice(sizes, weight) @ angle[0]
+        cos, sin = phase.cos().to(weight.dtype), phase.sin().to(weight.dtype)
+        if max(points) > 1:
+            direction = matrix.schatten_gradient(torch.complex(chosen @ cos, chosen @ sin), tightness)
+            direction = direction.real[..., None] * cos + direction.imag[..., None] * sin
+        else:
+            direction = matrix.schatten_gradient(chosen[..., 0], tightness)[..., None]
     gradient = torch.zeros_like(kernel).index_add(0, group, direction[None])
-    margin = matrix.rounding_margin(symbol, stored, taps=kernel.shape[-1])
-    return convolution.join(gradient * (factor * convolution.gain * margin), weight.shape).contiguous()
+    margin = matrix.rounding_margin(chosen[..., 0], stored, taps=kernel.shape[-1])
+    return convolution.join(gradient, weight.shape).mul(factor * convolution.gain * margin)
 
 
 def gram_lags(kernel: Tensor, sizes: tuple[int, ...]) -> Tensor:
@@ -168,8 +171,9 @@ def gram_lags(kernel: Tensor, sizes: tuple[int, ...]) -> Tensor:
 
 
 def _gram(kernel: Tensor, sizes: tuple[int, ...], angles: Tensor) -> Tensor:
-    """K(t)* K(t) for every angle and group, shape (angles, groups, n, n): one Fourier sum over lags."""
-    lags = gram_lags(kernel, sizes)
+    """K(t)* K(t) for every angle and group, shape (angles, groups, n, n), up to a factor: one Fourier sum over lags."""
+    unit = kernel / matrix.largest_entry(kernel)  # its squares cannot overflow
+    lags = gram_lags(unit / torch.linalg.vector_norm(unit).clamp_min(torch.finfo(unit.dtype).tiny), sizes)
     if len(angles) == 1:
         return lags.sum(0, keepdim=True)
     steps = _lattice(tuple(2 * k - 1 for k in sizes), kernel) - angles.new_tensor([k - 1 for k in sizes])

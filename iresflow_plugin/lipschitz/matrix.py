@@ -52,7 +52,7 @@ def spectral_norm(weight: Tensor) -> Tensor:
 
 def frobenius_norm(weight: Tensor) -> Tensor:
     """|W|_2 <= |W|_F = (sum W_ij^2)^(1/2)."""
-    size = _largest_entry(weight)  # the squares themselves could overflow or underflow
+    size = largest_entry(weight)  # the squares themselves could overflow or underflow
     return torch.linalg.vector_norm(weight / size) * size * rounding_margin(weight)
 
 
@@ -106,29 +106,31 @@ def schatten_gradient(weight: Tensor, looseness: float = LOOSENESS, margin: floa
 def largest_schatten_norm(gram: Tensor, looseness: float = LOOSENESS) -> Tensor:
     """Which of many matrices, given as their Gram matrices (m, n, n), has the largest of those norms; shape (1,).
 
-    On the CPU the losers drop out on the way: tr(A^q)^(1/q) falls with q, and the norm of one of the leaders is known.
+    The matrices are to be scaled so that their largest trace is of order one. On the CPU losers drop out on the way:
+    (sum sigma^p)^(1/p) falls with p, and the norm of one of the leaders is known.
     """
     tiny = torch.finfo(gram.dtype).tiny
     alive = torch.arange(len(gram), device=gram.device)
     drops = gram.device.type == "cpu" and is_plain(gram) and not torch.compiler.is_compiling()
+    squarings = _squarings(gram.shape[-1], looseness)
     with full_precision(gram):
-        trace = _traces(gram).clamp_min(tiny)
-        size, unit = trace.log(), _scaled(gram, 1 / trace)
-        power, log_trace, exponent = unit, size, 1  # power = A^exponent / tr(A^exponent)
-        for _ in range(_squarings(gram.shape[-1], looseness)):
-            power = power @ power
-            trace = _traces(power).clamp_min(tiny)
-            power = _scaled(power, 1 / trace)
-            log_trace, exponent = trace.log() + 2 * log_trace, 2 * exponent
-            if drops and exponent > 2 and len(alive) > 1:
-                leader = log_trace.argmax()
-                reached = _reached(unit[leader], power[leader]).clamp_min(tiny).log() + size[leader]
-                keep = (~(log_trace / exponent < reached - 1e-4)).nonzero()[:, 0]  # NaN stays
+        # power = exp(-log_scale) gram^exponent
+        power, log_scale, exponent = gram, torch.zeros_like(alive, dtype=torch.float64), 1
+        for step in range(squarings):
+            if step and step % 2 == 0:
+                trace = power.diagonal(dim1=-2, dim2=-1).sum(-1).real.clamp_min(tiny)
+                power, log_scale = _scaled(power, 1 / trace), log_scale + trace.log()
+            power, log_scale, exponent = power @ power, 2 * log_scale, 2 * exponent
+            if drops and 1 <= step < squarings - 1 and len(alive) > 1:
+                norm = torch.linalg.vector_norm(_reals(power), dim=1).clamp_min(tiny)  # tr(A^2q) is its square
+                upper = (norm.log() + log_scale) / exponent
+                leader = upper.argmax()
+                reached = _reached(gram[leader], power[leader]).clamp_min(tiny).log() - 1e-4
+                keep = (~(upper < reached)).nonzero()[:, 0]  # NaN stays
                 if len(keep) < 0.8 * len(alive):
-                    alive, size, unit, power, log_trace = (t[keep] for t in (alive, size, unit, power, log_trace))
-        moment = (power.conj() * unit).sum((-2, -1)).real.clamp_min(tiny)
-        score = (moment.log() + log_trace + size) / (2 * exponent + 2)
-        return alive.index_select(0, score.argmax().view(1))
+                    alive, gram, power, log_scale = (t[keep] for t in (alive, gram, power, log_scale))
+        moment = (_reals(power) * _reals(gram)).sum(1).clamp_min(tiny)
+        return alive.index_select(0, (moment.log() + log_scale).argmax().view(1))
 
 
 def _reached(gram: Tensor, power: Tensor) -> Tensor:
@@ -139,20 +141,21 @@ def _reached(gram: Tensor, power: Tensor) -> Tensor:
 
 
 def _scaled(matrices: Tensor, factors: Tensor) -> Tensor:
-    """Each times its real factor; complex times real is slow in torch, so as pairs of reals."""
+    """Each times its real factor."""
     if not matrices.is_complex():
         return matrices * factors[:, None, None]
     return torch.view_as_complex(torch.view_as_real(matrices) * factors[:, None, None, None])
 
 
-def _traces(matrices: Tensor) -> Tensor:
-    return matrices.diagonal(dim1=-2, dim2=-1).sum(-1).real
+def _reals(matrices: Tensor) -> Tensor:
+    """Real and imaginary parts in one row each: torch is slow at complex norms and products with real numbers."""
+    return (torch.view_as_real(matrices) if matrices.is_complex() else matrices).flatten(1)
 
 
 def power_iteration(weight: Tensor, steps: int = 20, generator: torch.Generator | None = None) -> Tensor:
     """An ESTIMATE of |W|_2 from below, |W v| after `steps` products with W^T W. Never a certificate."""
     with torch.no_grad():
-        unit = weight / _largest_entry(weight)
+        unit = weight / largest_entry(weight)
         v = torch.randn(weight.shape[1], generator=generator, dtype=weight.dtype, device=weight.device)
         for _ in range(steps):
             v = torch.nn.functional.normalize(unit.mT @ (unit @ v), dim=0)
@@ -160,7 +163,8 @@ def power_iteration(weight: Tensor, steps: int = 20, generator: torch.Generator 
     return u @ weight @ v
 
 
-def _largest_entry(weight: Tensor) -> Tensor:
+def largest_entry(weight: Tensor) -> Tensor:
+    """max |W_ij|, at least the smallest normal number, so that one may divide by it."""
     return weight.detach().abs().amax().clamp_min(torch.finfo(weight.dtype).tiny)
 
 
