@@ -111,7 +111,7 @@ def largest_schatten_norm(gram: Tensor, looseness: float = LOOSENESS) -> Tensor:
     """
     tiny = torch.finfo(gram.dtype).tiny
     alive = torch.arange(len(gram), device=gram.device)
-    drops = gram.device.type == "cpu" and is_plain(gram) and not torch.compiler.is_compiling()
+    drops = gram.device.type == "cpu" and not torch.compiler.is_compiling() and is_plain(gram)
     squarings = _squarings(gram.shape[-1], looseness)
     with full_precision(gram):
         # power = exp(-log_scale) gram^exponent
