@@ -53,7 +53,8 @@ class ResidualBlock(nn.Module):
 
         Args:
             x: shape (B, *event).
-            context: shape (B, C), or (1, C) for the whole batch; ignored by an unconditional branch.
+            context: shape (B, C), or (1, C) for the whole batch; for images perhaps (B, C, height, width), as the
+                branch takes it; ignored by an unconditional branch.
 
         Returns:
             y, shape (B, *event), and the log-det, shape (B,), in nats.

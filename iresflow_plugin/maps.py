@@ -198,6 +198,105 @@ class Affine(Map):
         return Linearised(self(x), lambda t: F.linear(t, self.weight), lambda v: v @ self.weight)
 
 
+class WeightedConcatenation(Concatenation):
+    """x -> [eta_1 f_1(x); ...; eta_n f_n(x)] with |eta| <= 1, so never steeper than the steepest f_i."""
+
+    def __init__(self, maps: Sequence[Map], eta: Tensor, dim: int) -> None:
+        super().__init__([Composition([m, Scaling(e, 1.0)]) for m, e in zip(maps, eta, strict=True)], dim)
+        self.plain, self.eta = list(maps), eta
+        self.ceiling = max(m.ceiling for m in self.plain)
+
+    @property
+    def bound(self) -> float:
+        parts = [e * m.bound for e, m in zip(self.eta.detach().tolist(), self.plain, strict=True)]
+        return min(math.hypot(*parts), self.ceiling)
+
+    def rows(self, index: Tensor) -> Map:
+        return WeightedConcatenation([m.rows(index) for m in self.plain], self.eta, self.dim)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How a convolution moves over images: per axis stride, dilation and padding in front and behind; groups; mode."""
+
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    padding: tuple[tuple[int, int], ...]
+    mode: str  # "zeros" or "circular"
+
+
+class Convolution(Map):
+    """x -> K * x + b on the last 1 + d dimensions (channels, *sizes), d = 1, 2 or 3."""
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, geometry: Geometry, bound: Tensor | float, ceiling: float
+    ) -> None:
+        self.weight, self.bias, self.geometry, self._bound, self.ceiling = weight, bias, geometry, bound, ceiling
+        d = weight.ndim - 2
+        self._convolve = (F.conv1d, F.conv2d, F.conv3d)[d - 1]
+        self._transpose = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[d - 1]
+        plain = geometry.mode == "zeros" and all(front == behind for front, behind in geometry.padding)
+        self._inside = [front for front, _ in geometry.padding] if plain else [0] * d  # padding that torch does itself
+        self._outside = [(0, 0)] * d if plain else list(geometry.padding)
+
+    @property
+    def bound(self) -> float:
+        return min(float(self._bound.detach() if isinstance(self._bound, Tensor) else self._bound), self.ceiling)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        channels, d = self.weight.shape[1] * self.geometry.groups, len(self._inside)
+        if x.ndim < d + 2 or x.shape[-1 - d] != channels:
+            raise ValueError(
+                f"A {d}-d convolution of the branch takes {channels} channels in front of {d} sizes, and its inputs "
+                f"have shape {tuple(x.shape)}."
+            )
+        return self._forward(x, self.bias)
+
+    def linearise(self, x: Tensor) -> Linearised:
+        sizes = x.shape[x.ndim - len(self._inside) :]
+        return Linearised(self(x), lambda t: self._forward(t, None), lambda v: self._backward(v, sizes))
+
+    def _forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        g, leading = self.geometry, x.shape[: x.ndim - self.weight.ndim + 1]
+        x = x.reshape(-1, *x.shape[len(leading) :])
+        if any(map(any, self._outside)):
+            sides = [side for pair in reversed(self._outside) for side in pair]
+            x = F.pad(x, sides, mode="circular" if g.mode == "circular" else "constant")
+        y = self._convolve(x, self.weight, bias, g.stride, self._inside, g.dilation, g.groups)
+        return y.view(*leading, *y.shape[1:])
+
+    def _backward(self, v: Tensor, sizes: Sequence[int]) -> Tensor:
+        """K^T v, an event of these sizes."""
+        g, leading = self.geometry, v.shape[: v.ndim - self.weight.ndim + 1]
+        v = v.reshape(-1, *v.shape[len(leading) :])
+        padded = [n + sum(sides) for n, sides in zip(sizes, self._outside, strict=True)]
+        unseen = [
+            (n + 2 * p - d * (k - 1) - 1) % s
+            for n, p, d, k, s in zip(padded, self._inside, g.dilation, self.weight.shape[2:], g.stride, strict=True)
+        ]
+        u = self._transpose(v, self.weight, None, g.stride, self._inside, unseen, g.groups, g.dilation)
+        for axis, (sides, n) in enumerate(zip(self._outside, sizes, strict=True), start=2):
+            u = _unpad(u, axis, sides, n, g.mode == "circular")
+        return u.view(*leading, *u.shape[1:])
+
+
+def _unpad(u: Tensor, axis: int, sides: tuple[int, int], size: int, circular: bool) -> Tensor:
+    """The transpose of padding one axis: cut the borders off, and add them to where they were copied from."""
+    front, behind = sides
+    middle = u.narrow(axis, front, size)
+    if not circular or not any(sides):
+        return middle
+
+    def borders(first: Tensor, last: Tensor, gap: int) -> Tensor:
+        shape = [gap if i == axis else n for i, n in enumerate(u.shape)]
+        return torch.cat([first, u.new_zeros(shape), last], axis)
+
+    head, tail = u.narrow(axis, front + size, behind), u.narrow(axis, 0, front)
+    nothing = u.narrow(axis, 0, 0)
+    return middle + borders(head, nothing, size - behind) + borders(nothing, tail, size - front)
+
+
 class Scaling(Map):
     """x -> s x with a number or a tensor s whose entries are at most `ceiling` in absolute value."""
 

@@ -248,7 +248,8 @@ def _features(
     if vectors or given is None:
         raise ValueError(
             f"The events at {where} seem to be of shape {event}, and LipschitzMLP takes vectors. Pass replace= with a "
-            "branch for such events, and event_shape=, since images change shape on their way through a flow."
+            "branch for such events, such as LipschitzConvNet, and event_shape=, since images change shape on their "
+            "way through a flow."
         )
     return event
 

@@ -156,6 +156,17 @@ def svd_norm(matrix: Tensor) -> float:
     return torch.linalg.svdvals(matrix.detach().double().flatten(1))[0].item()
 
 
+def operator_matrix(layer: nn.Module, shape: tuple[int, ...]) -> Tensor:
+    """The float64 matrix of a convolution on images of this shape (channels, *sizes), from the module itself."""
+    size = torch.Size(shape).numel()
+    identity = torch.eye(size, dtype=layer.weight.dtype).view(size, *shape)
+    bias, layer.bias = layer.bias, None
+    with torch.no_grad():
+        columns = layer(identity).double().flatten(1)
+    layer.bias = bias
+    return columns.mT
+
+
 def frozen64(branch: nn.Module) -> nn.Module:
     """A float64 copy without constraints that holds the very weights `branch` uses now.
 

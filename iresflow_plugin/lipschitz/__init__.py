@@ -28,6 +28,7 @@ from iresflow_plugin.lipschitz.constraint import (
     Spectral,
     spectral_penalty,
 )
+from iresflow_plugin.lipschitz.convolution import Convolution, operator_norm
 from iresflow_plugin.lipschitz.matrix import (
     frobenius_norm,
     power_iteration,
@@ -35,7 +36,7 @@ from iresflow_plugin.lipschitz.matrix import (
     schatten_norm,
     spectral_norm,
 )
-from iresflow_plugin.lipschitz.modules import AddContext, Chain, Concatenate, Scale, Sum
+from iresflow_plugin.lipschitz.modules import AddContext, Chain, Concatenate, LearnableConcatenate, Scale, Sum
 
 __all__ = [
     "ACTIVATIONS",
@@ -49,7 +50,9 @@ __all__ = [
     "Chain",
     "Concatenate",
     "Constraint",
+    "Convolution",
     "Frobenius",
+    "LearnableConcatenate",
     "LipSwish",
     "MaxMin",
     "Scale",
@@ -65,6 +68,7 @@ __all__ = [
     "frobenius_norm",
     "lipschitz_bound",
     "lipschitz_estimate",
+    "operator_norm",
     "power_iteration",
     "row_column_norm",
     "schatten_norm",

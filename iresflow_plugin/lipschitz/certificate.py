@@ -24,10 +24,19 @@ from torch.nn.utils import parametrize
 
 from iresflow_plugin import maps
 from iresflow_plugin.errors import NotContractiveError, path_of
-from iresflow_plugin.lipschitz import matrix
+from iresflow_plugin.lipschitz import convolution, matrix
 from iresflow_plugin.lipschitz.activations import CONSTANTS, Activation, elementwise_map
 from iresflow_plugin.lipschitz.constraint import Constraint, Spectral, install
-from iresflow_plugin.lipschitz.modules import AddContext, Chain, Concatenate, Scale, Sum, takes_context
+from iresflow_plugin.lipschitz.convolution import CONVOLUTIONS, Convolution, padding_of
+from iresflow_plugin.lipschitz.modules import (
+    AddContext,
+    Chain,
+    Concatenate,
+    LearnableConcatenate,
+    Scale,
+    Sum,
+    takes_context,
+)
 
 REFUSED: dict[type[nn.Module], str] = {
     nn.SELU: "its Lipschitz constant is 1.758; use ELU, or Sine",
@@ -119,13 +128,14 @@ def contraction(branch: nn.Module, context: Tensor | None = None) -> maps.Map:
 def constrain(net: nn.Module, lipschitz: float = 0.97, constraint: type[Constraint] = Spectral) -> nn.Module:
     """Turn a plain network into a certified branch with Lip(net) <= `lipschitz`, in place, and return it.
 
-    Every linear layer gets the same bound, the largest for which the certificate of the whole is `lipschitz`
-    (for a chain of m layers with 1-Lipschitz activations, its m-th root).
+    Every linear layer and convolution gets the same bound, the largest for which the certificate of the whole is
+    `lipschitz` (for a chain of m layers with 1-Lipschitz activations, its m-th root).
 
     Args:
-        net: Sequential, Sum, Concatenate, nested as you like, of Linear layers and known activations.
+        net: Sequential, Sum, Concatenate, nested as you like, of Linear layers, convolutions (zero or circular
+            padding) and known activations.
         lipschitz: bound of the whole network, in (0, 1).
-        constraint: `Spectral`, `AlmostOrthogonal`, `Bjorck` or `Frobenius`.
+        constraint: `Spectral`, `AlmostOrthogonal`, `Bjorck` (not for convolutions) or `Frobenius`.
 
     Raises:
         NotContractiveError: names the module that cannot be certified.
@@ -137,6 +147,8 @@ def constrain(net: nn.Module, lipschitz: float = 0.97, constraint: type[Constrai
     check_lipschitz(lipschitz)
     certified_map(net)  # raises before anything is changed
     layers = list(weighted_layers(net))
+    for layer in layers:
+        constraint.check(layer)
     installed = [_install(layer, constraint) for layer in layers]
 
     def ceiling(c: float) -> float:
@@ -184,7 +196,7 @@ def weighted_layers(module: nn.Module) -> Iterator[nn.Module]:
         if id(part) in seen or isinstance(part, (AddContext, Activation)) or _states_its_bound(part):
             continue
         seen.add(id(part))
-        if isinstance(part, nn.Linear):
+        if isinstance(part, (nn.Linear, *CONVOLUTIONS)):
             yield part
         else:
             stack = list(part.children()) + stack
@@ -208,8 +220,8 @@ def certify(module: nn.Module, context: Tensor | None = None) -> maps.Map:
         return maps.Generic(module, value, context if takes_context(module) else None)
     raise NotContractiveError(
         f"no Lipschitz bound is known for {type(module).__name__}; build the branch from Sequential, Sum, Concatenate, "
-        "Scale, Linear and the activations of iresflow_plugin.lipschitz, register a rule with certify.register, or "
-        "give the module a method lipschitz_bound().",
+        "Scale, Linear, Conv1d, Conv2d, Conv3d and the activations of iresflow_plugin.lipschitz, register a rule with "
+        "certify.register, or give the module a method lipschitz_bound().",
         module,
     )
 
@@ -230,6 +242,13 @@ def _(module: Sum, context: Tensor | None = None) -> maps.Map:
 def _(module: Concatenate, context: Tensor | None = None) -> maps.Map:
     _check_unchanged(module, Concatenate)
     return maps.Concatenation([rule_of(part)(part, context) for part in module], module.dim)
+
+
+@certify.register
+def _(module: LearnableConcatenate, context: Tensor | None = None) -> maps.Map:
+    _check_unchanged(module, LearnableConcatenate)
+    parts = [rule_of(part)(part, context) for part in module]
+    return maps.WeightedConcatenation(parts, module.eta, module.dim)
 
 
 @certify.register
@@ -266,6 +285,26 @@ def _(module: nn.Linear, context: Tensor | None = None) -> maps.Map:
         return maps.Affine(weight, module.bias, matrix.schatten_norm(weight), _ceiling(module))
     weight, bound = stack[0].certify(cast(Any, stack).original)
     return maps.Affine(weight, module.bias, bound, stack[0].lipschitz)
+
+
+@certify.register(nn.Conv1d)
+@certify.register(nn.Conv2d)
+@certify.register(nn.Conv3d)
+def _(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, context: Tensor | None = None) -> maps.Map:
+    kind = next(kind for kind in CONVOLUTIONS if isinstance(module, kind))
+    _check_unchanged(module, kind)
+    if type(module)._conv_forward is not kind._conv_forward:
+        raise NotContractiveError(f"{type(module).__name__} replaces _conv_forward, so its bound is not known.", module)
+    operator, constraint, stack = Convolution.of(module), _constraint_of(module), _parametrizations(module)
+    if constraint is not None and constraint.convolution != operator:  # someone has edited the layer since
+        constraint.convolution = operator
+    if len(stack) == 1 and constraint is not None:
+        weight, bound = constraint.certify(cast(Any, stack).original)
+    else:
+        weight = module.weight
+        bound = convolution.operator_norm(weight, operator)
+    geometry = maps.Geometry(module.stride, module.dilation, module.groups, padding_of(module), module.padding_mode)
+    return maps.Convolution(weight, module.bias, geometry, bound, _ceiling(module))
 
 
 def _check_unchanged(module: nn.Module, *kinds: type[nn.Module]) -> None:

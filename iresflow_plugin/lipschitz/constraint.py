@@ -2,7 +2,8 @@
 
 A constraint is computed from the raw weight whenever the layer is used, so no optimiser step, loaded checkpoint or
 manual edit can break it, and nobody has to call anything. All of them leave a small enough weight as it is (soft)
-but `Bjorck`, which pushes every singular value towards c.
+but `Bjorck`, which pushes every singular value towards c. For a convolution |W|_2 is the norm of the operator on
+images, of every size.
 
 | constraint         | weight in use                           | reference                          |
 |--------------------|-----------------------------------------|------------------------------------|
@@ -23,8 +24,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from iresflow_plugin.lipschitz import matrix
+from iresflow_plugin.errors import NotContractiveError
+from iresflow_plugin.lipschitz import convolution, matrix
 from iresflow_plugin.lipschitz.activations import Activation
+from iresflow_plugin.lipschitz.convolution import CONVOLUTIONS, Convolution
 from iresflow_plugin.lipschitz.modules import AddContext
 from iresflow_plugin.maps import is_plain
 
@@ -33,14 +36,21 @@ class Constraint(nn.Module):
     """Parametrization of a weight, seen as an (out, in) matrix, that keeps |W|_2 <= `lipschitz`.
 
     `forward(weight)` is the weight in use; `certify(weight)` is that weight with a certified bound of the raw one: the
-    norm of the weight in use is at most the smaller of that bound and `lipschitz`.
+    norm of the weight in use is at most the smaller of that bound and `lipschitz`. `convolution` is None for a dense
+    layer; `install` sets it to the layer's own.
     """
+
+    convolution: Convolution | None = None
 
     def __init__(self, lipschitz: float = 1.0) -> None:
         super().__init__()
         if not 0 < lipschitz < float("inf"):
             raise ValueError(f"lipschitz must be a positive number, got {lipschitz}.")
         self.lipschitz = float(lipschitz)
+
+    @staticmethod
+    def check(layer: nn.Module) -> None:
+        """Raises NotContractiveError if this constraint cannot hold the layer."""
 
     def certify(self, weight: Tensor) -> tuple[Tensor, Tensor | float]:
         raise NotImplementedError
@@ -61,7 +71,7 @@ class _Memory:
     """What was found out about a weight, without graph."""
 
     weight: Tensor
-    gradient: Tensor  # of its Schatten norm, raised by the rounding margin
+    gradient: Tensor  # of the bound of its norm, raised by the rounding margin
     norm: float | None  # None if the numbers cannot be read now
     constrained: tuple[Tensor, Tensor | float] | None = None
 
@@ -72,6 +82,9 @@ class Spectral(Constraint):
     On the CPU the result is kept with a copy of the weight it was computed from and reused only while the weight
     equals that copy entry by entry, so it cannot be stale; on a GPU the comparison would stall the queue, and it is
     recomputed. First derivatives with respect to the weight only: the gradient of the norm holds still.
+
+    Of a convolution the bound is that of `iresflow_plugin.lipschitz.convolution`: looser by at most `looseness`,
+    from 1 % for few channels to 20 % for many, and its gradient is that at the frequency where the norm is largest.
     """
 
     def __init__(self, lipschitz: float = 1.0) -> None:
@@ -112,6 +125,8 @@ class Spectral(Constraint):
         return self._memory
 
     def _gradient(self, weight: Tensor) -> Tensor:
+        if self.convolution is not None:
+            return convolution.schatten_gradient(_single(weight), self.convolution, stored=weight.dtype)
         w = _as_matrix(weight)
         return matrix.schatten_gradient(w, margin=matrix.rounding_margin(w, stored=weight.dtype))
 
@@ -120,6 +135,8 @@ class Spectral(Constraint):
         memory = self.__dict__.get("_memory")
         if name == "lipschitz" and memory is not None:
             memory.constrained = None
+        if name == "convolution":
+            self._memory = None
 
     def __getstate__(self) -> dict:
         return {**super().__getstate__(), "_memory": None}
@@ -129,32 +146,55 @@ class AlmostOrthogonal(Constraint):
     """W diag(min(1, c / sqrt(sum_j |W'W|_ij))), scaling columns one by one (Prach and Lampert 2022, arXiv 2208.03160).
 
     Rows are scaled instead when there are fewer of them. One product, hence the cheapest certificate; looser than
-    `Spectral` until training has made the columns almost orthogonal.
+    `Spectral` until training has made the columns almost orthogonal. Of a convolution the sum runs over the lags of
+    W'W, too, and needs no frequencies.
     """
 
     def certify(self, weight: Tensor) -> tuple[Tensor, float]:
+        if self.convolution is not None:
+            return self._certify_convolution(weight, self.convolution)
         w = _as_matrix(weight)
         wide = w.shape[0] < w.shape[1]
         with matrix.full_precision(w):
             gram = w @ w.mT if wide else w.mT @ w
-        squares = gram.abs().sum(1) * matrix.rounding_margin(w, stored=weight.dtype) ** 2
-        scale = _shrink(
-            squares.clamp_min(self.lipschitz**2).sqrt(), self.lipschitz
-        )  # clamped: a root has no slope at 0
+        scale = self._scale(gram.abs().sum(1), matrix.rounding_margin(w, stored=weight.dtype))
         scaled = w * (scale[:, None] if wide else scale)
         return scaled.to(weight.dtype).view_as(weight), self.lipschitz
+
+    def _certify_convolution(self, weight: Tensor, operator: Convolution) -> tuple[Tensor, float]:
+        kernel, sizes = operator.split(_single(weight))
+        with matrix.full_precision(kernel):
+            lags = convolution.gram_lags(kernel, sizes)
+        margin = matrix.rounding_margin(kernel[0, :, :, 0], stored=weight.dtype, taps=kernel.shape[-1])
+        scale = self._scale(lags.abs().sum((0, -1)), margin * operator.gain)
+        wide = kernel.shape[1] < kernel.shape[2]
+        kernel = kernel * (scale[:, :, None, None] if wide else scale[:, None, :, None])
+        return operator.join(kernel, weight.shape).to(weight.dtype), self.lipschitz
+
+    def _scale(self, squares: Tensor, margin: float) -> Tensor:
+        squares = squares * margin**2
+        return _shrink(squares.clamp_min(self.lipschitz**2).sqrt(), self.lipschitz)  # a root has no slope at 0
 
 
 class Bjorck(Constraint):
     """c times W <- W (3 I - W'W) / 2, repeated, from W / |W|_p (Anil, Lucas and Grosse 2019, arXiv 1811.05381).
 
     The map s -> s (3 - s^2) / 2 keeps singular values in [0, 1] and pulls them towards 1, so any number of steps is
-    certified. Not soft: a small weight grows to norm c, and a zero weight is mapped to zero.
+    certified. Not soft: a small weight grows to norm c, and a zero weight is mapped to zero. For dense layers alone.
     """
 
     def __init__(self, lipschitz: float = 1.0, steps: int = 12) -> None:
         super().__init__(lipschitz)
         self.steps = steps
+
+    @staticmethod
+    def check(layer: nn.Module) -> None:
+        if isinstance(layer, CONVOLUTIONS):
+            raise NotContractiveError(
+                f"Bjorck cannot constrain {type(layer).__name__}: products of convolutions have ever larger kernels; "
+                "use constraint=Spectral or AlmostOrthogonal.",
+                layer,
+            )
 
     def certify(self, weight: Tensor) -> tuple[Tensor, float]:
         w = _as_matrix(weight)
@@ -169,11 +209,16 @@ class Bjorck(Constraint):
 
 
 class Frobenius(Constraint):
-    """W min(1, c / |W|_F): the simplest certificate, loose by up to sqrt(rank)."""
+    """W min(1, c / |W|_F): the simplest certificate, loose by up to sqrt(rank); of a convolution, sum_j |K_j|_F."""
 
     def certify(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        w = _as_matrix(weight)
-        norm = matrix.frobenius_norm(w) * matrix.rounding_margin(w, stored=weight.dtype)
+        if self.convolution is not None:
+            kernel = self.convolution.split(_single(weight))[0].flatten(0, 1)
+            norm = torch.stack([matrix.frobenius_norm(tap) for tap in kernel.unbind(-1)]).sum() * self.convolution.gain
+            norm = norm * matrix.rounding_margin(kernel[:, :, 0], stored=weight.dtype, taps=kernel.shape[-1])
+        else:
+            w = _as_matrix(weight)
+            norm = matrix.frobenius_norm(w) * matrix.rounding_margin(w, stored=weight.dtype)
         return weight * _shrink(norm, self.lipschitz).to(weight.dtype), norm
 
 
@@ -186,11 +231,17 @@ def spectral_penalty(module: nn.Module, strength: float = 1e-3) -> Tensor:
     weights = list(_raw_weights(module))
     if not weights:
         raise ValueError(f"{type(module).__name__} holds no weight matrix to penalise.")
-    return strength * torch.stack([matrix.schatten_norm(_as_matrix(w)) ** 2 for w in weights]).sum()
+    return strength * torch.stack([_norm(w, operator) ** 2 for w, operator in weights]).sum()
+
+
+def operator_of(layer: nn.Module) -> Convolution | None:
+    """What makes an operator of the layer's weight; None if the weight is the matrix itself."""
+    return Convolution.of(layer) if isinstance(layer, CONVOLUTIONS) else None
 
 
 def install(layer: nn.Module, constraint: Constraint) -> None:
     """Put a constraint on the weight of a layer, which stays picklable: torch refuses that to parametrized modules."""
+    constraint.convolution = operator_of(layer)
     parametrize.register_parametrization(layer, "weight", constraint)
     cast(Any, type(layer)).__reduce_ex__ = _reduce  # that class is this layer's own, torch has just made it
 
@@ -214,9 +265,21 @@ def _restore(kind: type[nn.Module], state: dict, constraints: list[Constraint]) 
     return layer
 
 
-def _raw_weights(module: nn.Module) -> Iterable[Tensor]:
-    free = {id(p) for part in module.modules() if isinstance(part, (AddContext, Activation)) for p in part.parameters()}
-    return (p for p in module.parameters() if p.ndim >= 2 and id(p) not in free)
+def _raw_weights(module: nn.Module) -> Iterable[tuple[Tensor, Convolution | None]]:
+    """Every raw weight once, with its operator; networks of the context and activations are free."""
+    parts = list(module.modules())
+    seen = {id(p) for part in parts if isinstance(part, (AddContext, Activation)) for p in part.parameters()}
+    for part in parts:
+        constrained = parametrize.is_parametrized(part, "weight")
+        owner = cast(Any, part).parametrizations["weight"] if constrained else part
+        for p in owner.parameters(recurse=owner is not part):
+            if p.ndim >= 2 and id(p) not in seen:
+                seen.add(id(p))
+                yield p, operator_of(part)
+
+
+def _norm(weight: Tensor, operator: Convolution | None) -> Tensor:
+    return matrix.schatten_norm(_as_matrix(weight)) if operator is None else convolution.operator_norm(weight, operator)
 
 
 def _shrink(norm: Tensor, lipschitz: float) -> Tensor:
@@ -226,8 +289,11 @@ def _shrink(norm: Tensor, lipschitz: float) -> Tensor:
 
 def _as_matrix(weight: Tensor) -> Tensor:
     """The weight as (out, in), in at least single precision: half precision cannot carry a certificate."""
-    w = weight.flatten(1)
-    return w.float() if w.dtype in (torch.float16, torch.bfloat16) else w
+    return _single(weight.flatten(1))
+
+
+def _single(weight: Tensor) -> Tensor:
+    return weight.float() if weight.dtype in (torch.float16, torch.bfloat16) else weight
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -20,17 +20,20 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from iresflow_plugin.maps import is_plain
+
 LOOSENESS = 1.04
 
 
-def rounding_margin(weight: Tensor, stored: torch.dtype | None = None) -> float:
+def rounding_margin(weight: Tensor, stored: torch.dtype | None = None, taps: int = 1) -> float:
     """Factor that covers the rounding of products, sums and roots over a matrix of this size and dtype.
 
-    With `stored`, also that of a scaled matrix kept in half precision: |fl(W) - W|_F <= eps / 2 |W|_F.
+    With `stored`, also that of a scaled matrix kept in half precision: |fl(W) - W|_F <= eps / 2 |W|_F. With `taps`,
+    of a convolution with so many such matrices.
     """
-    margin = 1.0 + 4 * max(weight.shape) * torch.finfo(weight.dtype).eps
+    margin = 1.0 + 4 * max(weight.shape) * taps * torch.finfo(weight.dtype).eps
     if stored in (torch.float16, torch.bfloat16):
-        margin *= 1.0 + 0.51 * torch.finfo(stored).eps * math.sqrt(min(weight.shape))
+        margin *= 1.0 + 0.51 * torch.finfo(stored).eps * math.sqrt(min(weight.shape) * taps)
     return margin
 
 
@@ -49,7 +52,7 @@ def spectral_norm(weight: Tensor) -> Tensor:
 
 def frobenius_norm(weight: Tensor) -> Tensor:
     """|W|_2 <= |W|_F = (sum W_ij^2)^(1/2)."""
-    size = _largest_entry(weight)  # the squares themselves could overflow or underflow
+    size = largest_entry(weight)  # the squares themselves could overflow or underflow
     return torch.linalg.vector_norm(weight / size) * size * rounding_margin(weight)
 
 
@@ -85,24 +88,74 @@ def schatten_gradient(weight: Tensor, looseness: float = LOOSENESS, margin: floa
         unit = weight / torch.linalg.vector_norm(weight, math.inf).clamp_min_(tiny)  # its squares cannot overflow
         unit.div_(torch.linalg.vector_norm(unit).clamp_min_(tiny))
         # power = exp(-log_scale) gram^exponent, and the trace of the Gram matrix is one
-        power, log_scale, exponent = unit @ unit.mT if wide else unit.mT @ unit, 0.0, 1
+        power, log_scale, exponent = unit @ unit.mH if wide else unit.mH @ unit, 0.0, 1
         for step in range(_squarings(power.shape[0], looseness)):
             if (
                 step and step % 3 == 0
             ):  # the largest eigenvalue is at least trace/n: three squarings cannot underflow it
-                trace = power.diagonal().sum().clamp_min_(tiny)
+                trace = power.diagonal().sum().real.clamp_min_(tiny)
                 power, log_scale = power.div_(trace), log_scale + trace.log()
             power, log_scale, exponent = power @ power, 2 * log_scale, 2 * exponent
         direction = power @ unit if wide else unit @ power
-        moment = torch.dot(direction.flatten(), unit.flatten()).clamp_min_(tiny)
+        moment = torch.vdot(direction.flatten(), unit.flatten()).real.clamp_min_(tiny)
         norm = ((moment.log() + log_scale) / (2 * exponent + 2)).exp()
         return direction.mul_(norm / moment * margin)
+
+
+@torch.no_grad()
+def largest_schatten_norm(gram: Tensor, looseness: float = LOOSENESS) -> Tensor:
+    """Which of many matrices, given as their Gram matrices (m, n, n), has the largest of those norms; shape (1,).
+
+    The matrices are to be scaled so that their largest trace is of order one. On the CPU losers drop out on the way:
+    (sum sigma^p)^(1/p) falls with p, and the norm of one of the leaders is known.
+    """
+    tiny = torch.finfo(gram.dtype).tiny
+    alive = torch.arange(len(gram), device=gram.device)
+    drops = gram.device.type == "cpu" and not torch.compiler.is_compiling() and is_plain(gram)
+    squarings = _squarings(gram.shape[-1], looseness)
+    with full_precision(gram):
+        # power = exp(-log_scale) gram^exponent
+        power, log_scale, exponent = gram, torch.zeros_like(alive, dtype=torch.float64), 1
+        for step in range(squarings):
+            if step and step % 2 == 0:
+                trace = power.diagonal(dim1=-2, dim2=-1).sum(-1).real.clamp_min(tiny)
+                power, log_scale = _scaled(power, 1 / trace), log_scale + trace.log()
+            power, log_scale, exponent = power @ power, 2 * log_scale, 2 * exponent
+            if drops and 1 <= step < squarings - 1 and len(alive) > 1:
+                norm = torch.linalg.vector_norm(_reals(power), dim=1).clamp_min(tiny)  # tr(A^2q) is its square
+                upper = (norm.log() + log_scale) / exponent
+                leader = upper.argmax()
+                reached = _reached(gram[leader], power[leader]).clamp_min(tiny).log() - 1e-4
+                keep = (~(upper < reached)).nonzero()[:, 0]  # NaN stays
+                if len(keep) < 0.8 * len(alive):
+                    alive, gram, power, log_scale = (t[keep] for t in (alive, gram, power, log_scale))
+        moment = (_reals(power) * _reals(gram)).sum(1).clamp_min(tiny)
+        return alive.index_select(0, (moment.log() + log_scale).argmax().view(1))
+
+
+def _reached(gram: Tensor, power: Tensor) -> Tensor:
+    """A value below the largest eigenvalue of A, and close to it: that of the longest column of A^q."""
+    v = power[:, power.diagonal().real.argmax()]
+    v = v / torch.linalg.vector_norm(v)
+    return torch.vdot(v, gram @ v).real
+
+
+def _scaled(matrices: Tensor, factors: Tensor) -> Tensor:
+    """Each times its real factor."""
+    if not matrices.is_complex():
+        return matrices * factors[:, None, None]
+    return torch.view_as_complex(torch.view_as_real(matrices) * factors[:, None, None, None])
+
+
+def _reals(matrices: Tensor) -> Tensor:
+    """Real and imaginary parts in one row each: torch is slow at complex norms and products with real numbers."""
+    return (torch.view_as_real(matrices) if matrices.is_complex() else matrices).flatten(1)
 
 
 def power_iteration(weight: Tensor, steps: int = 20, generator: torch.Generator | None = None) -> Tensor:
     """An ESTIMATE of |W|_2 from below, |W v| after `steps` products with W^T W. Never a certificate."""
     with torch.no_grad():
-        unit = weight / _largest_entry(weight)
+        unit = weight / largest_entry(weight)
         v = torch.randn(weight.shape[1], generator=generator, dtype=weight.dtype, device=weight.device)
         for _ in range(steps):
             v = torch.nn.functional.normalize(unit.mT @ (unit @ v), dim=0)
@@ -110,7 +163,8 @@ def power_iteration(weight: Tensor, steps: int = 20, generator: torch.Generator 
     return u @ weight @ v
 
 
-def _largest_entry(weight: Tensor) -> Tensor:
+def largest_entry(weight: Tensor) -> Tensor:
+    """max |W_ij|, at least the smallest normal number, so that one may divide by it."""
     return weight.detach().abs().amax().clamp_min(torch.finfo(weight.dtype).tiny)
 
 

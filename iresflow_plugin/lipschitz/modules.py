@@ -56,6 +56,28 @@ class Concatenate(Parallel):
         return torch.cat(self.values(x, context), self.dim)
 
 
+class LearnableConcatenate(Concatenate):
+    """x -> [eta_1 f_1(x); ...; eta_n f_n(x)] with learnable eta_i >= 0, sum eta_i^2 = 1.
+
+    The learnable concatenation of Perugachi-Diaz et al. 2021 (arXiv 2102.02694). Its bound is the root of the sum of
+    (eta_i Lip f_i)^2, at most the largest Lip f_i. It starts with equal eta_i.
+    """
+
+    def __init__(self, *branches: nn.Module, dim: int = -1) -> None:
+        super().__init__(*branches, dim=dim)
+        self.log_shares = nn.Parameter(torch.zeros(len(branches)))
+
+    @property
+    def eta(self) -> Tensor:
+        """The factors, shape (n,): their squares are a softmax, less what rounding could add to their sum."""
+        dtype = self.log_shares.dtype
+        eta = torch.softmax(self.log_shares, 0, dtype=torch.promote_types(dtype, torch.float32)).sqrt()
+        return (eta * (1 - (len(self.branches) + 2) * torch.finfo(dtype).eps)).to(dtype)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        return torch.cat([eta * v for eta, v in zip(self.eta, self.values(x, context), strict=True)], self.dim)
+
+
 class Scale(nn.Module):
     """x -> factor * x with a fixed number."""
 
@@ -84,6 +106,11 @@ class AddContext(nn.Module):
         """One row per sample."""
         if context is None:
             raise ValueError("This branch is conditional and needs a context, but context is None.")
+        if isinstance(self.network, nn.Conv2d) and (context.ndim != 4 or context.shape[1] != self.network.in_channels):
+            raise ValueError(
+                f"context must be a feature map of shape (batch, {self.network.in_channels}, height, width), got "
+                f"{tuple(context.shape)}."
+            )
         if isinstance(self.network, nn.Linear) and context.shape[-1] != self.network.in_features:
             raise ValueError(
                 f"context must have {self.network.in_features} features, got shape {tuple(context.shape)}."

@@ -111,7 +111,7 @@ class RussianRoulette:
         heavier = [1 / self.distribution.survival(j, bound) for j in range(1, max(draws) + 1)]
         weights = [[1.0]] * self.exact_terms
         weights += [[weight * (j <= n) for n in draws] for j, weight in enumerate(heavier, start=1)]
-        estimate = estimate_series(g.linearise(x), v, weights, bound, rest=0.0)
+        estimate = estimate_series(g, x, v, weights, bound, rest=0.0)
         return Estimate(
             estimate.value,
             estimate.log_det,

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from iresflow_plugin.log_det.estimate import Estimate
 from iresflow_plugin.log_det.probes import Probes, as_probes
-from iresflow_plugin.maps import Linearised, Map
+from iresflow_plugin.maps import Linearised, Map, is_plain
 
 Weights = Sequence[float]  # of one term: for all probes, or for each
 
@@ -50,7 +51,7 @@ class PowerSeries:
         v = as_probes(self.probes).draw(x, self.generator)
         terms = self.terms or terms_needed(bound, _longest(v), self.tolerance or 0.0)
         rest = bound / ((terms + 1) * (1 - bound))
-        return estimate_series(g.linearise(x), v, [[1.0]] * terms, bound, rest, self.tolerance)
+        return estimate_series(g, x, v, [[1.0]] * terms, bound, rest, self.tolerance)
 
 
 def terms_needed(bound: float, size: float, tolerance: float) -> int:
@@ -68,13 +69,21 @@ def terms_needed(bound: float, size: float, tolerance: float) -> int:
 
 
 def estimate_series(
-    at_x: Linearised, v: Tensor, weights: Sequence[Weights], bound: float, rest: float, tolerance: float | None = None
+    g: Map,
+    x: Tensor,
+    v: Tensor,
+    weights: Sequence[Weights],
+    bound: float,
+    rest: float,
+    tolerance: float | None = None,
 ) -> Estimate:
     """sum_k (-1)^(k+1) weights[k-1] v^T J^k v / k, with the gradient of its expectation.
 
     Its gradient is tr(sum_k (-1)^(k-1) weights[k-1] J^(k-1) dJ) (the Neumann gradient, Chen et al. 2019, arXiv
     1906.02735): the sum w = sum_k (-1)^(k-1) weights[k-1] (J^T)^(k-1) v is built without a graph and meets dJ in one
     product with a graph, so memory does not grow with the number of terms. First derivatives only: w holds still.
+    For images, whose hidden layers are large, the backward pass evaluates g and that product once more instead of
+    keeping what lies in between: a block then holds x, v and w.
 
     Args:
         v: probes, shape (K, B, *event).
@@ -82,14 +91,26 @@ def estimate_series(
         rest: bounds sum_{k > n} L^(k-n) weights[k-1] / k, what follows the last term, per |v| |(J^T)^n v|.
         tolerance: stop as soon as what follows is below this for all samples; None stops at round-off.
     """
-    value, w, remainder, terms = _sum_series(at_x, v, _tails(weights, bound, rest), weights, tolerance)
+    sums: list[tuple[Tensor, Tensor, Tensor, int]] = []
+
+    def evaluate(x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """g(x) and v^T (dJ) w, with a graph; the series itself is summed the first time alone."""
+        at_x = g.linearise(x)
+        if not sums:
+            sums.append(_sum_series(at_x, v, _tails(weights, bound, rest), weights, tolerance))
+        return at_x.value, _dot(at_x.jvp(v), sums[0][1]).mean(0) if torch.is_grad_enabled() else None
+
+    if x.ndim > 2 and torch.is_grad_enabled() and not torch.compiler.is_compiling() and is_plain(x):
+        image, surrogate = checkpoint(evaluate, x, use_reentrant=False, preserve_rng_state=False)
+    else:
+        image, surrogate = evaluate(x)
+    value, _, remainder, terms = sums[0]
     count = v.shape[0]
     error = value.std(0) / count**0.5 if count > 1 else torch.full_like(value[0], math.nan)
     log_det = value.mean(0)
-    if torch.is_grad_enabled():
-        surrogate = _dot(at_x.jvp(v), w).mean(0)
+    if surrogate is not None:
         log_det = log_det + (surrogate - surrogate.detach())
-    return Estimate(at_x.value, log_det.to(v.dtype), error, remainder.mean(0), terms)
+    return Estimate(image, log_det.to(v.dtype), error, remainder.mean(0), terms)
 
 
 @torch.no_grad()

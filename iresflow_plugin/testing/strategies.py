@@ -8,20 +8,23 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from iresflow_plugin.block import ResidualBlock
 from iresflow_plugin.lipschitz import ACTIVATIONS
-from iresflow_plugin.nets import LipschitzMLP
+from iresflow_plugin.nets import LipschitzConvNet, LipschitzMLP
 from iresflow_plugin.testing.weights import scale_weights
 
-__all__ = ["blocks", "branches", "contexts", "events", "register_profiles"]
+__all__ = ["blocks", "branches", "contexts", "events", "image_branches", "register_profiles"]
 
 SMOOTH = [kind for kind in ACTIVATIONS.values() if kind.smooth]
+M = TypeVar("M", bound=nn.Module)
 EXTREMES = (0.0, 1e-6, 1e3)
 
 
@@ -43,6 +46,40 @@ def branches(
         widths=st.lists(st.sampled_from([4, 8]), min_size=1, max_size=2),
         kind=st.sampled_from([None, *SMOOTH]),
         lipschitz=st.sampled_from([0.3, 0.9, 0.97]),
+        factor=st.sampled_from([1.0, 5.0, 100.0]),
+    )
+
+
+def image_branches(
+    channels: int = 2, context_features: int | None = None, dtype: torch.dtype = torch.float64
+) -> st.SearchStrategy[LipschitzConvNet]:
+    """LipschitzConvNets of any smooth activation, kernels, padding and bound, weights fresh or against the bound.
+
+    Args:
+        channels: of the image; its height and width are free.
+        context_features: of the context vector; None for an unconditional branch.
+        dtype: of the parameters.
+    """
+    return st.builds(
+        lambda seed, hidden, kernels, kind, lipschitz, mode, factor: _seeded(
+            seed,
+            lambda: LipschitzConvNet(
+                [channels, *[hidden] * (len(kernels) - 1), channels],
+                kernels,
+                context_features,
+                activation=kind,
+                lipschitz=lipschitz,
+                padding_mode=mode,
+            ),
+            factor,
+            dtype,
+        ),
+        seed=st.integers(0, 2**31 - 1),
+        hidden=st.sampled_from([2, 4]),
+        kernels=st.sampled_from([(3, 3), (3, 1, 3), (1, 5)]),
+        kind=st.sampled_from([None, *SMOOTH]),
+        lipschitz=st.sampled_from([0.3, 0.9, 0.97]),
+        mode=st.sampled_from(["zeros", "circular"]),
         factor=st.sampled_from([1.0, 5.0, 100.0]),
     )
 
@@ -88,11 +125,13 @@ def register_profiles() -> None:
 
 
 def _branch(sizes, context_features, kind, lipschitz, factor, seed, dtype) -> LipschitzMLP:
+    return _seeded(seed, lambda: LipschitzMLP(sizes, context_features, kind, lipschitz), factor, dtype)
+
+
+def _seeded(seed: int, build: Callable[[], M], factor: float, dtype: torch.dtype) -> M:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        net = LipschitzMLP(
-            sizes, context_features, lipschitz=lipschitz, **({} if kind is None else {"activation": kind})
-        )
+        net = build()
     return scale_weights(net, factor).to(dtype)
 
 

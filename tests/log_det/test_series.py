@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from iresflow_plugin import ResidualBlock
 from iresflow_plugin.lipschitz import contraction
 from iresflow_plugin.log_det import Gaussian, Orthogonal, PowerSeries, Rademacher, RussianRoulette
 from iresflow_plugin.log_det.probes import as_probes
@@ -318,3 +319,32 @@ def test_d8_misspelt_keywords_are_refused():
 def test_a_number_of_probes_means_rademacher():
     assert as_probes(4) == Rademacher(4) and as_probes(Gaussian(2)) == Gaussian(2)
     assert PowerSeries(3) == PowerSeries(3) != PowerSeries(4)
+
+
+# ------------------------------------------------------------------------------------------------------------ images
+
+
+def test_images_keep_less_and_have_the_same_gradients():
+    """Rows as images of one row: the same numbers, from activations evaluated anew instead of kept."""
+    torch.manual_seed(0)
+    net = scaled_mlp(6, width=64)
+    x = torch.randn(5, 6, dtype=torch.float64)
+    kept, found = [], []
+    for event in ((6,), (1, 6)):
+        held: list[int] = []
+
+        def pack(t: Tensor, held: list[int] = held) -> Tensor:
+            held.append(t.numel())
+            return t
+
+        leaf = x.view(5, *event).clone().requires_grad_()
+        torch.manual_seed(1)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            y, value = ResidualBlock(net, PowerSeries(terms=8))(leaf)
+            loss = (y.square().flatten(1).sum(1) - value).sum()
+        grads = torch.autograd.grad(loss, [leaf, *net.parameters()])
+        kept.append(sum(held))
+        found.append([value, grads[0].flatten(1), *grads[1:]])
+    for image, vector in zip(found[1], found[0], strict=True):
+        assert_close(image, vector, 1e-12, 1e-14)
+    assert kept[1] < 0.7 * kept[0], kept

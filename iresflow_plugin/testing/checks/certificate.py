@@ -135,7 +135,8 @@ def bad_arguments_are_rejected(case: Case) -> Iterator[Measurement]:
     Catches `**kwargs` that swallow a misspelling, and broadcasting that hides a wrong shape.
     """
     live, context = case.live(), case.context()
-    wrong = torch.randn(case.batch, *case.event_shape[:-1], case.event_shape[-1] + 1, dtype=torch.float64)
+    sizes = [n + 1 for n in case.event_shape]  # all of them: a convolution takes images of any height and width
+    wrong = torch.randn(case.batch, *sizes, dtype=torch.float64)
     if case.inputs is None and not _elementwise(live, case):
         yield Measurement(
             float(not _raises(lambda: live.forward(wrong, context))), 0.0, "Inputs of a wrong size are an error."
