@@ -119,12 +119,9 @@ def test_two_processes_train_as_one(name: str, fabric: Fabric, tmp_path: Path) -
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     assert first["validation"] == second["validation"]
     assert all(torch.equal(first["state"][key], second["state"][key]) for key in first["state"])  # buffers, too
-    density, history, _ = trained(name, fabric, Budget(steps=10))
+    _, history, _ = trained(name, fabric, Budget(steps=10))
+    # not the weights: Adam's first steps turn the sign of a gradient near 0, rounding, into a step of full length
     assert first["validation"] == pytest.approx(history.validation, abs=2e-3)
-    for key, value in density.state_dict().items():
-        torch.testing.assert_close(
-            first["state"][key], value, atol=2e-2, rtol=2e-2
-        )  # Adam's first steps magnify rounding
 
 
 def test_double_precision_is_double(fabric: Fabric) -> None:
