@@ -13,7 +13,6 @@ from lightning.fabric import Fabric
 from rich.console import Console
 from rich.progress import Progress
 
-from comparisons import cells
 from comparisons.cells import Cell, loaded, task_arrays
 from comparisons.methods import Method
 from comparisons.provenance import provenance
@@ -21,7 +20,7 @@ from comparisons.report import terminal_tables, write_markdown, write_report
 from comparisons.results import Failure, Result, SettingsError, Store, Trial
 from comparisons.settings import Budget, Machine
 from comparisons.tables import PROGRESS_COLUMNS, print_wide
-from comparisons.tasks import Task
+from comparisons.tasks import Task, is_file
 from comparisons.workers import Outcome, in_turn, side_by_side
 
 INTERRUPTED = 130  # what a shell calls an end by Ctrl-C
@@ -68,13 +67,7 @@ class Plan:
 
     def cell(self, task: str, method: Method, seed: int, rate: float, **more: Any) -> Cell:
         budget = self.budgets.get(task, self.budget)
-        return Cell(task, self.columns if is_own(task) else (), method, seed, rate, budget, self.machine, **more)
-
-
-def is_own(task: str) -> bool:
-    from comparisons.tasks import is_file
-
-    return is_file(task)
+        return Cell(task, self.columns if is_file(task) else (), method, seed, rate, budget, self.machine, **more)
 
 
 def run(plan: Plan, console: Console) -> int:
@@ -118,7 +111,7 @@ def load_tasks(plan: Plan, console: Console) -> dict[str, Task]:
     tasks: dict[str, Task] = {}
     for name in plan.tasks:
         try:
-            task = loaded(name, plan.columns if is_own(name) else ())
+            task = loaded(name, plan.columns if is_file(name) else ())
             if task.name in [other.name for other in tasks.values()]:
                 raise ValueError(f"another task is named {task.name}, too; rename the file.")
             tasks[name] = task
@@ -134,30 +127,40 @@ def run_cells(plan: Plan, tasks: dict[str, Task], store: Store, fabric: Fabric, 
             store.add_arrays(task.name, task_arrays(task))
     pairs = [(name, method) for name in tasks for method in plan.methods if takes(tasks[name], method, console)]
     trials = list(wanted_trials(plan, tasks, pairs, store)) if plan.tune else []
+    wanted = wanted_cells(plan, tasks, pairs, store, console)
+    fabric.barrier()  # all processes have read the same
+    with bar(sum(cell.weight for cell in trials) + len(wanted), console) as (progress, advance):
+        for outcome in outcomes(plan, trials, fabric, advance):
+            note(outcome, plan, store, fabric, progress)
+        fabric.barrier()  # what the first process wrote, all may read
+        rates = best_rates(store.load_trials())
+        finals = [final(plan, tasks[name], name, method, seed, rates, store) for name, method, seed in wanted]
+        before = sum(cell.weight for cell in trials)
+        for outcome in outcomes(plan, finals, fabric, lambda done: advance(before + done)):
+            note(outcome, plan, store, fabric, progress)
+
+
+def note(outcome: Outcome, plan: Plan, store: Store, fabric: Fabric, progress: Progress) -> None:
+    """On disk and on the terminal, by the first process."""
+    if fabric.is_global_zero:
+        keep(outcome, store, {**provenance(), "workers": f"{plan.workers}, one thread each"})
+        progress.console.print(sentence(outcome), highlight=False, soft_wrap=True)
+
+
+def wanted_cells(
+    plan: Plan, tasks: dict[str, Task], pairs: Sequence[tuple[str, Method]], store: Store, console: Console
+) -> list[tuple[str, Method, int]]:
+    """What is not yet done. Seeds come last: a run that is broken off has all methods."""
     done = {result.key for result in store.load()[0]}
     wanted = [
         (name, method, seed)
-        for seed in plan.seeds  # seeds last: a run that is broken off has all methods
+        for seed in plan.seeds
         for name, method in pairs
         if (tasks[name].name, method.name, seed) not in done
     ]
-    fabric.barrier()  # all processes have read the same
     if done:
         console.print(f"{len(done)} cells were finished before; {len(wanted)} are left.", highlight=False)
-    information = {**provenance(), "workers": f"{plan.workers}, one thread each"}
-    total = len(trials) * cells.TRIAL_SHARE + len(wanted)
-    with bar(total, console) as (progress, advance):
-        base = 0.0
-        for part in (trials, None):
-            if part is None:
-                rates = best_rates(store.load_trials())
-                part = [final(plan, tasks[name], name, method, seed, rates, store) for name, method, seed in wanted]
-            for outcome in outcomes(plan, part, fabric, lambda done, base=base: advance(base + done)):
-                if fabric.is_global_zero:
-                    keep(outcome, store, information)
-                    progress.console.print(sentence(outcome), highlight=False, soft_wrap=True)
-            base += sum(cell.weight for cell in part)
-            fabric.barrier()  # what the first process wrote, all may read
+    return wanted
 
 
 def takes(task: Task, method: Method, console: Console) -> bool:
