@@ -101,9 +101,10 @@ def test_a_run_leaves_tables_json_and_report(tmp_path: Path) -> None:
     assert code == 0 and "6 cells were finished before; 0 are left" in output
 
 
+@pytest.mark.timeout(900)  # several processes, each of which imports everything
 def test_the_smoke_suite_runs_every_method(command: Command, tmp_path: Path) -> None:
     process = command("run", "--suite", "smoke", "--out", "out")
-    output, errors = process.communicate(timeout=400)
+    output, errors = process.communicate(timeout=800)
     assert process.returncode == 0, output + errors
     content = json.loads((tmp_path / "out" / "results.json").read_text())
     assert {cell["method"] for cell in content["results"]} == set(METHODS)
@@ -256,6 +257,7 @@ def test_ctrl_c_leaves_finished_results(command: Command, tmp_path: Path) -> Non
     assert (tmp_path / "out" / "report.html").exists()
 
 
+@pytest.mark.timeout(900)  # several processes, each of which imports everything
 def test_a_killed_run_goes_on_to_the_same_numbers(command: Command, tmp_path: Path) -> None:
     options = ["--task", "smoke", "--method", "nflows-maf", "--method", "ours", "--steps", "60"]
     whole = command("run", *options, "--out", "whole")
