@@ -25,7 +25,6 @@ from iresflow_plugin.log_det import Omitted
 GRID = 150  # points a side of a heat map
 SHOWN = {"plane": 4000, "table": 3000, "image": 64}  # samples kept for pictures
 LOOKED_INTO = 256  # numbers, points times features, at which errors of log-dets and inverses are measured
-MOST_LOOKED_INTO = 128  # features: beyond this the exact log-dets, by which errors are judged, take too long
 REPEATS = 20  # of random log-dets
 TEMPERATURE = 0.7  # of cool samples, which are what the literature on images shows
 PAIRS, BETWEEN = 8, 8  # test images with a path through the noise between them, and images on that path
@@ -93,7 +92,7 @@ def run_cell(cell: Cell, fabric: Fabric, on_progress: OnProgress) -> tuple[Resul
     arrays = {"scores": scores.numpy(), **(picture_arrays(density, task, fabric) if cell.pictures else {})}
     inside = (
         work(density, ready(task.test[: max(LOOKED_INTO // task.features, 8)], density, fabric))
-        if cell.look_inside and result.blocks and task.features <= MOST_LOOKED_INTO
+        if cell.look_inside and result.blocks and len(task.shape) == 1  # blocks of images differ in size
         else {}
     )
     return result, arrays, inside
