@@ -90,4 +90,9 @@ class Task:
         """
         if self.levels is None:
             return None
-        return -(log_likelihood + self.log_volume) / (self.features * math.log(2)) + math.log2(self.levels)
+        return math.log2(self.levels) - (log_likelihood + self.log_volume) * self.bits_per_nat
+
+    @property
+    def bits_per_nat(self) -> float:
+        """Bits per dimension in a nat per point."""
+        return 1 / (self.features * math.log(2))
