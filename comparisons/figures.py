@@ -218,7 +218,7 @@ def reconstructions(task: str, data: Arrays, cells: Mapping[str, Arrays]) -> Fig
         lost = np.abs(images - originals)
         largest = float(np.nan_to_num(lost, nan=np.inf).max())
         strips.append((name, colour(name), images, limits))
-        strips.append((f"difference, up to {largest:.1e}", INK, lost, (0.0, float(np.nanmax(lost)) or 1.0)))
+        strips.append((f"error ≤ {largest:.1e}", INK, lost, (0.0, float(np.nanmax(lost)) or 1.0)))
     figure = Figure(figsize=(7.5, 0.42 * len(strips) + 0.6), layout=ConstrainedLayoutEngine(h_pad=0.01))
     figure.suptitle(f"{task}: images, their noise turned back into images, and the difference", fontsize=11)
     for panel, (label, shade, images, scale) in zip(

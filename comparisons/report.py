@@ -228,7 +228,7 @@ def task_pictures(chapter: Chapter) -> list[Picture]:
             has("cool_samples"),
             f"Samples at temperature {TEMPERATURE}: the noise is drawn with that standard deviation.",
             lambda: figures.image_samples(
-                task, data, cells, scores, "cool_samples", f"test images and samples at temperature {TEMPERATURE}"
+                task, data, cells, scores, "cool_samples", f"samples at temperature {TEMPERATURE}"
             ),
         ),
         "reconstructions": (
@@ -240,9 +240,7 @@ def task_pictures(chapter: Chapter) -> list[Picture]:
         "interpolations": (
             has("interpolations"),
             "From one test image, left, to another, right, along a path through the noise of each method.",
-            lambda: figures.image_samples(
-                task, data, cells, scores, "interpolations", "test images and paths through the noise"
-            ),
+            lambda: figures.image_samples(task, data, cells, scores, "interpolations", "paths through the noise"),
         ),
         "learning-curves": (
             trained,

@@ -107,7 +107,7 @@ def test_images_have_pictures_of_all_that_was_done_to_them(channels: int) -> Non
     cells["kde"] = {"samples": data["data"]}
     figure = reconstructions("task", data, cells)
     labels = [panel.get_ylabel() for panel in figure.axes]
-    assert labels == ["test images", "ours", "difference, up to 1.0e-03", "made", "difference, up to inf"]
+    assert labels == ["test images", "ours", "error ≤ 1.0e-03", "made", "error ≤ inf"]
     figure.draw_without_rendering()
     figure = image_samples("task", data, cells, {}, "interpolations")
     assert titles(figure) == ["data", "ours", "made"]
