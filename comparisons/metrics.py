@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from lightning.fabric import Fabric
@@ -14,13 +14,14 @@ from torch import Tensor
 from comparisons.methods import Density
 from comparisons.statistics import over_points
 from comparisons.tasks import Points, Task
-from comparisons.training import EXACT_UP_TO, clock, evaluating, ready
+from comparisons.training import BEYOND, EXACT_UP_TO, clock, evaluating, ready
 from comparisons.two_sample import DISTANCES, WithFloor, with_floor
 from iresflow_plugin import ResidualBlock
 from iresflow_plugin.log_det import Omitted
 
 MEASURED_POINTS = 256
 REPEATS = 3
+PROBES = 2
 COMPARED_POINTS = 2000  # samples whose distance to the data is taken
 
 
@@ -78,22 +79,24 @@ def together(points: Points) -> Tensor:
     return x if points.context is None else torch.cat([x, points.context.to(x)], dim=1)
 
 
-def log_det_error(density: Density, points: Points) -> float:
-    """What the log-dets of residual blocks may add to the error of the mean over these points; 0: they are exact.
+def log_det_error(density: Density, points: Points, scored: int | None = None) -> float:
+    """What the log-dets of residual blocks may add to the error of a mean over so many points like these; 0: exact.
 
-    Two standard errors of what is random, and a bound of what is truncated.
+    Two standard errors of what is random, and a bound of what is truncated. The scatter between probes tells it, so
+    there are two here, and one where `evaluating` leaves it at its default.
     """
     if not has_blocks(density) or points.x[0].numel() <= EXACT_UP_TO:
         return 0.0
     from comparisons.diagnostics import visit_blocks  # which times its work by this module's functions
 
     variance = remainder = 0.0
+    series = replace(BEYOND, probes=PROBES)
     with evaluating(density, points.x[0].numel()):
         for visit in visit_blocks(density, points.x, points.context):
-            estimate = visit.block.estimator(visit.g, visit.x)
-            variance += estimate.standard_error.double().square().sum().item()
+            estimate = series(visit.g, visit.x)
+            variance += PROBES * estimate.standard_error.double().square().mean().item()
             remainder += estimate.remainder.double().mean().item()
-    return 2 * math.sqrt(variance) / len(points) + remainder
+    return 2 * math.sqrt(variance / (scored or len(points))) + remainder
 
 
 def median_seconds(call: Callable[[], object], device: torch.device) -> float:

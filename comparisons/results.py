@@ -57,6 +57,7 @@ class Result:
     blocks: list[BlockRow]  # the residual blocks, from data to noise
     history: History
     swap: str  # what was swapped for what; empty for an original
+    bits_error: float | None = None  # standard error of the bits per dimension
 
     @property
     def key(self) -> Key:

@@ -65,6 +65,7 @@ class Task:
     levels: float | None = None  # quantisation steps in one raw unit; None where bits per dimension mean nothing
     groups: Tensor | None = None  # test points of one group depend on each other: take error bars over groups
     restore: Callable[[Tensor], Tensor] = lambda x: x  # back to the units of the raw data, for pictures
+    value_range: tuple[float, float] | None = None  # of restored grey values, where it is known
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -89,4 +90,9 @@ class Task:
         """
         if self.levels is None:
             return None
-        return -(log_likelihood + self.log_volume) / (self.features * math.log(2)) + math.log2(self.levels)
+        return math.log2(self.levels) - (log_likelihood + self.log_volume) * self.bits_per_nat
+
+    @property
+    def bits_per_nat(self) -> float:
+        """Bits per dimension in a nat per point."""
+        return 1 / (self.features * math.log(2))

@@ -101,6 +101,25 @@ def test_a_run_leaves_tables_json_and_report(tmp_path: Path) -> None:
     assert code == 0 and "6 cells were finished before; 0 are left" in output
 
 
+@pytest.mark.timeout(900)
+def test_a_minute_of_images(tmp_path: Path) -> None:
+    """Two steps on 8 x 8 digits in both hosts: bits per dimension with errors, pictures, and who has no answer."""
+    methods = ["ours", "alternating", "nflows-glow", "normflows-glow", "nice", "gaussian", "nflows-nsf"]
+    options = [part for name in methods for part in ("--method", name)]
+    limits = ["--steps", "2", "--parameters", "12000", "--workers", "1"]
+    code, output = run("run", "--task", "digits-image", *options, *limits, "--out", str(tmp_path))
+    assert code == 0 and "bits/dim" in output, output
+    assert "Left out nflows-nsf on digits-image: nflows-nsf models vectors" in output
+    cells = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert [cell["method"] for cell in cells] == methods[:-1]
+    for cell in cells:
+        assert 0 < cell["bits_per_dimension"] < 10 and 0 < cell["bits_error"] < 0.1
+        assert cell["inverse"]["failed"] == 0 and cell["inverse"]["largest"] < 1e-4
+    page = (tmp_path / "report.html").read_text()
+    for picture in ("samples", "cool-samples", "reconstructions", "interpolations"):
+        assert f"digits-image-{picture}" in page
+
+
 @pytest.mark.timeout(900)  # several processes, each of which imports everything
 def test_the_smoke_suite_runs_every_method(command: Command, tmp_path: Path) -> None:
     process = command("run", "--suite", "smoke", "--out", "out")
