@@ -39,7 +39,7 @@ class Size:
     """How large a classifier is.
 
     Args:
-        channels: of the padded image.
+        channels: of the padded image, behind the first squeeze if there is one.
         stages: (blocks, hidden channels) of each; a squeeze stands between two stages.
         squeeze_first: begin with a squeeze, before padding: cheaper by four.
     """
