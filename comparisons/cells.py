@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -19,11 +20,14 @@ from comparisons.results import Key, Result, Trial, cell_name
 from comparisons.settings import Budget, Machine
 from comparisons.tasks import Points, Task, load
 from comparisons.training import History, OnProgress, evaluating, log_likelihoods, ready, train
+from iresflow_plugin.log_det import Omitted
 
 GRID = 150  # points a side of a heat map
 SHOWN = {"plane": 4000, "table": 3000, "image": 64}  # samples kept for pictures
 LOOKED_INTO = 256  # numbers, points times features, at which errors of log-dets and inverses are measured
 REPEATS = 20  # of random log-dets
+TEMPERATURE = 0.7  # of cool samples, which are what the literature on images shows
+PAIRS, BETWEEN = 8, 8  # test images with a path through the noise between them, and images on that path
 TRIAL_SHARE = 1 / 3  # of the budget, for trying a learning rate
 
 Arrays = dict[str, np.ndarray]
@@ -88,7 +92,7 @@ def run_cell(cell: Cell, fabric: Fabric, on_progress: OnProgress) -> tuple[Resul
     arrays = {"scores": scores.numpy(), **(picture_arrays(density, task, fabric) if cell.pictures else {})}
     inside = (
         work(density, ready(task.test[: max(LOOKED_INTO // task.features, 8)], density, fabric))
-        if cell.look_inside and result.blocks
+        if cell.look_inside and result.blocks and len(task.shape) == 1  # blocks of images differ in size
         else {}
     )
     return result, arrays, inside
@@ -96,7 +100,7 @@ def run_cell(cell: Cell, fabric: Fabric, on_progress: OnProgress) -> tuple[Resul
 
 def trained(cell: Cell, task: Task, fabric: Fabric, on_progress: OnProgress) -> tuple[Density, History]:
     seed_everything(cell.seed, verbose=False)
-    density = build(cell.method, task.features, cell.budget.parameters or task.parameters, task.context_features)
+    density = build(cell.method, task.shape, cell.budget.parameters or task.parameters, task.context_features)
     history = train(
         density,
         task,
@@ -178,7 +182,28 @@ def picture_arrays(density: Density, task: Task, fabric: Fabric) -> Arrays:
         points = torch.cartesian_prod(axis, axis)
         grid = log_likelihoods(density, Points(points), fabric).reshape(GRID, GRID)
         arrays["log_density"] = grid.clamp(-1e4, 1e4).half().numpy()  # half as large on disk, and as good to the eye
+    if len(task.shape) > 1 and density.invertible:
+        with evaluating(density, task.features, Omitted()):
+            arrays |= image_arrays(density, task, ready(task.test[:n], density, fabric))
     return arrays
+
+
+def image_arrays(density: Density, task: Task, shown: Points) -> Arrays:
+    """Test images on their way to noise and back, paths between images through the noise, and cool samples.
+
+    A path turns from one noise to the other (x cos t + y sin t, t from 0 to pi / 2), so that it keeps their length.
+    """
+    noise = density.to_noise(shown.x, shown.context)
+    given = None if shown.context is None else shown.context[:PAIRS].repeat_interleave(BETWEEN, 0)
+    angles = torch.linspace(0, math.pi / 2, BETWEEN).to(noise)[:, None]
+    start, end = noise[:PAIRS, None], noise[PAIRS : 2 * PAIRS, None]
+    paths = (start * angles.cos() + end * angles.sin()).flatten(0, 1)
+    found = {
+        "reconstructions": density.to_data(noise, shown.context),
+        "interpolations": density.to_data(paths, given),
+        "cool_samples": density.to_data(TEMPERATURE * torch.randn_like(noise), shown.context),
+    }
+    return {name: task.restore(images.float().cpu()).numpy() for name, images in found.items()}
 
 
 def task_arrays(task: Task) -> Arrays:
@@ -190,6 +215,8 @@ def task_arrays(task: Task) -> Arrays:
         "preprocessing": np.array(task.preprocessing, dtype=str),
         "features": np.array(task.features),
     }
+    if task.value_range is not None:
+        arrays["value_range"] = np.array(task.value_range)
     if task.entropy is not None:
         arrays["entropy"] = np.array(task.entropy)
     if task.groups is not None:

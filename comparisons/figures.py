@@ -21,6 +21,7 @@ from comparisons.standings import OURS, Gap, Opponent, Standing
 
 PANEL = 2.4  # inches
 COLUMNS = 8  # panels in a row of a grid over methods
+STRIP = 12  # images in a row of reconstructions
 INK = "#333333"
 HIGHLIGHT = "#c0392b"  # ours
 KINDS = {  # colours of the families of methods
@@ -189,25 +190,76 @@ def scatter(
     return figure
 
 
-def image_samples(task: str, data: Arrays, cells: Mapping[str, Arrays], scores: Mapping[str, str]) -> Figure:
-    """A sheet of images from the test set and one from each method."""
-    figure, axes = panels(list(cells), f"{task}: test images and samples of each method", scores)
-    low, high = np.quantile(data["data"], [0.001, 0.999])
+def image_samples(
+    task: str,
+    data: Arrays,
+    cells: Mapping[str, Arrays],
+    scores: Mapping[str, str],
+    shown: str = "samples",
+    title: str = "test images and samples of each method",
+) -> Figure:
+    """A sheet of images from the test set and one from each method that has them under the name of `shown`."""
+    found = {name: arrays[shown] for name, arrays in cells.items() if shown in arrays}
+    figure, axes = panels(list(found), f"{task}: {title}", scores)
+    limits = grey_limits(data)
     for name, panel in axes.items():
-        images = data["data"] if name == "data" else cells[name]["samples"]
-        panel.imshow(sheet(images), vmin=low, vmax=high, cmap="gray_r", interpolation="nearest")
+        show(panel, sheet(data["data"] if name == "data" else found[name]), limits)
     return figure
 
 
-def sheet(images: np.ndarray) -> np.ndarray:
-    """Square images as rows of pixels, (n, side^2), to one big image with a border of one white pixel between them."""
-    columns, side = int(np.sqrt(len(images))), int(np.sqrt(images[0].size))
-    framed = np.pad(images[: columns * columns].reshape(-1, side, side), ((0, 0), (0, 1), (0, 1)))
-    return (
-        framed.reshape(columns, columns, side + 1, side + 1)
-        .transpose(0, 2, 1, 3)
-        .reshape(columns * (side + 1), -1)[:-1, :-1]
-    )
+def reconstructions(task: str, data: Arrays, cells: Mapping[str, Arrays]) -> Figure:
+    """Test images; below each method's x -> z -> x and what is between, on a scale of its own, whose end is named."""
+    found = {name: arrays["reconstructions"] for name, arrays in cells.items() if "reconstructions" in arrays}
+    limits = grey_limits(data)
+    originals = as_images(data["data"])[:STRIP]
+    strips = [("test images", INK, originals, limits)]
+    for name in in_order(found):
+        images = as_images(found[name])[:STRIP]
+        lost = np.abs(images - originals)
+        largest = float(np.nan_to_num(lost, nan=np.inf).max())
+        strips.append((name, colour(name), images, limits))
+        strips.append((f"difference, up to {largest:.1e}", INK, lost, (0.0, float(np.nanmax(lost)) or 1.0)))
+    figure = Figure(figsize=(7.5, 0.42 * len(strips) + 0.6), layout=ConstrainedLayoutEngine(h_pad=0.01))
+    figure.suptitle(f"{task}: images, their noise turned back into images, and the difference", fontsize=11)
+    for panel, (label, shade, images, scale) in zip(
+        figure.subplots(len(strips), squeeze=False).flat, strips, strict=True
+    ):
+        show(panel, sheet(images, columns=STRIP), scale)
+        panel.set(xticks=[], yticks=[])
+        panel.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=7, color=shade)
+    return figure
+
+
+def grey_limits(data: Arrays) -> tuple[float, float]:
+    """The values of black and white."""
+    low, high = data["value_range"] if "value_range" in data else np.quantile(data["data"], [0.001, 0.999])
+    return float(low), float(high)
+
+
+def show(panel: Axes, image: np.ndarray, limits: tuple[float, float]) -> None:
+    """Grey values with dark ink on white, as digits are written; colours as they are."""
+    low, high = limits
+    if image.shape[-1] == 1:
+        panel.imshow(image[..., 0], vmin=low, vmax=high, cmap="gray_r", interpolation="nearest")
+    else:
+        panel.imshow(np.clip(np.nan_to_num((image - low) / (high - low)), 0, 1), interpolation="nearest")
+
+
+def as_images(images: np.ndarray) -> np.ndarray:
+    """Rows of pixels of square grey images as (n, 1, side, side); images as they are."""
+    side = math.isqrt(images[0].size)
+    return images if images.ndim == 4 else images.reshape(-1, 1, side, side)
+
+
+def sheet(images: np.ndarray, columns: int | None = None) -> np.ndarray:
+    """Images to a big one, (height, width, channels), with a border of one pixel between them; whole rows alone."""
+    images = as_images(images)
+    columns = columns or math.isqrt(len(images))
+    rows = len(images) // columns
+    framed = np.pad(images[: rows * columns], ((0, 0), (0, 0), (0, 1), (0, 1)))
+    _, channels, height, width = framed.shape
+    placed = framed.reshape(rows, columns, channels, height, width).transpose(0, 3, 1, 4, 2)
+    return placed.reshape(rows * height, columns * width, channels)[:-1, :-1]
 
 
 SAMPLES = {"plane": plane_samples, "image": image_samples, "table": table_samples}

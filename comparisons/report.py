@@ -26,6 +26,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from comparisons import diagnostic_figures, figures, wording
+from comparisons.cells import TEMPERATURE
 from comparisons.columns import COMPACT, GAINS, LEGEND, MEANING, ours_row, summary_grids, task_grids
 from comparisons.diagnostics import InverseWork, LogDetWork
 from comparisons.dynamics import Dynamics, dynamics, dynamics_figure
@@ -207,9 +208,13 @@ def task_pictures(chapter: Chapter) -> list[Picture]:
     kind, scores = str(data["kind"]), figures.captions(table)
     blocks = blocks_of(table)
     work, trained = chapter.work, any(len(standing.results[0].history.steps) > 1 for standing in table)
+
+    def has(name: str) -> bool:
+        return any(name in arrays for arrays in cells.values())
+
     shown: dict[str, tuple[object, str, Callable[[], Figure]]] = {
         "density": (
-            "density" in data and any("log_density" in arrays for arrays in cells.values()),
+            "density" in data and has("log_density"),
             "Densities of the data and of every method on one colour scale, each from one seed; below the name the "
             "mean score over seeds.",
             lambda: figures.densities(task, data, cells, scores),
@@ -218,6 +223,26 @@ def task_pictures(chapter: Chapter) -> list[Picture]:
             cells,
             "Samples of every method, each from one seed.",
             lambda: figures.SAMPLES[kind](task, data, cells, scores),
+        ),
+        "cool-samples": (
+            has("cool_samples"),
+            f"Samples at temperature {TEMPERATURE}: the noise is drawn with that standard deviation.",
+            lambda: figures.image_samples(
+                task, data, cells, scores, "cool_samples", f"test images and samples at temperature {TEMPERATURE}"
+            ),
+        ),
+        "reconstructions": (
+            has("reconstructions"),
+            "Test images to noise and back in single precision. The differences, in grey values, are on a scale of "
+            "their own, whose end is given.",
+            lambda: figures.reconstructions(task, data, cells),
+        ),
+        "interpolations": (
+            has("interpolations"),
+            "From one test image, left, to another, right, along a path through the noise of each method.",
+            lambda: figures.image_samples(
+                task, data, cells, scores, "interpolations", "test images and paths through the noise"
+            ),
         ),
         "learning-curves": (
             trained,

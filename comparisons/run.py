@@ -162,10 +162,10 @@ def run_cells(plan: Plan, tasks: dict[str, Task], store: Store, fabric: Fabric, 
 
 def takes(task: Task, method: Method, console: Console) -> bool:
     """Whether the method has an answer to this kind of task."""
-    if task.context_features is None or method.conditional:
-        return True
-    console.print(f"[yellow]Left out {method.name} on {task.name}:[/] it takes no context.", highlight=False)
-    return False
+    refusal = method.refusal(task.shape, task.context_features)
+    if refusal:
+        console.print(f"[yellow]Left out {method.name} on {task.name}:[/] {refusal}", highlight=False)
+    return not refusal
 
 
 def wanted_trials(

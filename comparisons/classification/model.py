@@ -51,7 +51,7 @@ class Size:
 
 SIZES = {
     "smoke": Size(8, ((2, 16), (2, 16))),
-    "small": Size(16, ((3, 32), (3, 32)), squeeze_first=True),
+    "small": Size(8, ((2, 16), (6, 32)), squeeze_first=True),
     "paper": Size(16, ((13, 32), (13, 48), (13, 16))),  # narrowed at the end: weights and momentum take 15 MB
     "published": Size(16, ((13, 32), (13, 64), (13, 128))),  # 9 million parameters, checkpoints of 72 MB
 }

@@ -1,6 +1,6 @@
 """The methods: densities as people write them in their own library, and the same flows with residual blocks swapped in.
 
-One file a family; each ends in the rows that it adds to the table here.
+One file a family; each ends in the rows that it adds to the table here. What they build for images is in `images.py`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from nflows.transforms import AffineCouplingTransform, MaskedAffineAutoregressiv
 from torch import nn
 
 from comparisons.methods import autoregressive, continuous, coupling, elementary, floors, residual
-from comparisons.methods.density import BLOCKS, Density, Fit, Method, build, parameter_count, widest
+from comparisons.methods.density import BLOCKS, Density, Event, Fit, Images, Method, build, parameter_count, widest
 from comparisons.methods.hosts import NormflowsDensity, normflows_flow
 
 __all__ = [
@@ -20,7 +20,9 @@ __all__ = [
     "METHODS",
     "TWINS",
     "Density",
+    "Event",
     "Fit",
+    "Images",
     "Method",
     "NormflowsDensity",
     "build",
@@ -45,6 +47,7 @@ def twin(name: str, swapped: type[nn.Module]) -> Method:
         learning_rate=ORIGINALS["ours"].learning_rate,
         grid=ORIGINALS["ours"].grid,
         swapped=swapped,
+        images=None,  # a swapped transform becomes a block of vectors
     )
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
+import torch.distributions.transforms as torch_transforms
 from nflows.transforms import (
     InverseTransform,
     MaskedAffineAutoregressiveTransform,
@@ -11,8 +14,9 @@ from nflows.transforms import (
 )
 from torch import nn
 
-from comparisons.methods.density import BLOCKS, ONE, Method
+from comparisons.methods.density import BLOCKS, ONE, Images, Method, Shape
 from comparisons.methods.hosts import NflowsDensity, ZukoDensity, nflows_flow
+from comparisons.methods.multiscale import ALPHA, CENTRE, SPREAD, Flattened, is_grey
 
 
 def made(features: int, width: int, context_features: int | None) -> nn.Module:
@@ -23,6 +27,23 @@ def made(features: int, width: int, context_features: int | None) -> nn.Module:
     from zuko.flows import MAF  # here, because zuko switches off torch's argument validation on import
 
     return MAF(features, context_features or 0, transforms=1, hidden_features=[width, width])
+
+
+def made_of_images(shape: Shape, width: int, context_features: int | None) -> nn.Module:
+    """The same on pixels in a row, prepared as for all others."""
+    from zuko.flows import MAF, Flow, UnconditionalTransform
+
+    vectors = MAF(math.prod(shape), context_features or 0, transforms=1, hidden_features=[width, width])
+    return Flow([UnconditionalTransform(preparation, shape), vectors.transform], vectors.base)
+
+
+def preparation(shape: Shape) -> torch_transforms.Transform:
+    """That of `multiscale.nflows_preparation` in torch's transforms, and the pixels in a row."""
+    steps: list[torch_transforms.Transform] = [torch_transforms.AffineTransform(-CENTRE / SPREAD, 1 / SPREAD)]
+    if is_grey(shape):
+        steps = [torch_transforms.AffineTransform(ALPHA, 1 - 2 * ALPHA), torch_transforms.SigmoidTransform().inv]
+    row = torch_transforms.ReshapeTransform(torch.Size(shape), torch.Size([math.prod(shape)]))
+    return torch_transforms.ComposeTransform([*steps, row])
 
 
 def maf(features: int, width: int, context_features: int | None) -> nn.Module:
@@ -60,6 +81,7 @@ METHODS = (
         made,
         ZukoDensity,
         learning_rate=1e-2,
+        images=Images(made_of_images, ZukoDensity, conditional=True),
     ),
     Method(
         "nflows-maf",
@@ -69,6 +91,7 @@ METHODS = (
         maf,
         NflowsDensity,
         learning_rate=1e-2,
+        images=Images(Flattened(maf), NflowsDensity, conditional=True),
     ),
     Method(
         "iaf",

@@ -10,17 +10,20 @@ from nflows.transforms import (
     ActNorm,
     AdditiveCouplingTransform,
     AffineCouplingTransform,
+    LULinear,
     Permutation,
     PiecewiseRationalQuadraticCouplingTransform,
     RandomPermutation,
     ReversePermutation,
     Transform,
 )
-from nflows.utils.torchutils import create_alternating_binary_mask
+from nflows.utils.torchutils import create_alternating_binary_mask, create_mid_split_binary_mask
 from torch import nn
 
-from comparisons.methods.density import BLOCKS, Method
+from comparisons.methods.density import BLOCKS, Images, Method
 from comparisons.methods.hosts import NflowsDensity, NormflowsDensity, nflows_flow, normflows_flow
+from comparisons.methods.images import IMAGES
+from comparisons.methods.multiscale import Flattened
 
 SPLINE = {"num_bins": 8, "tails": "linear", "tail_bound": 5.0}  # both hosts: beyond 5 standard deviations the identity
 
@@ -54,6 +57,16 @@ def nflows_realnvp(features: int, width: int, context_features: int | None) -> n
     for _ in range(BLOCKS):
         net = conditioner(width, context_features)
         transforms += [ActNorm(features), AffineCouplingTransform(mask, net), permutation(features)]
+    return nflows_flow(features, transforms)
+
+
+def nflows_glow(features: int, width: int, context_features: int | None) -> nn.Module:
+    """Glow's step for vectors: ActNorm, permutation and linear map for the 1x1 convolution, coupling."""
+    mask = create_mid_split_binary_mask(features)
+    transforms: list[Transform] = []
+    for _ in range(BLOCKS):
+        coupling = AffineCouplingTransform(mask, conditioner(width, context_features))
+        transforms += [ActNorm(features), permutation(features), LULinear(features), coupling]
     return nflows_flow(features, transforms)
 
 
@@ -112,6 +125,7 @@ METHODS = (
         nice,
         NflowsDensity,
         learning_rate=1e-2,
+        images=Images(Flattened(nice), NflowsDensity, conditional=True),
     ),
     Method(
         "nflows-realnvp",
@@ -121,6 +135,7 @@ METHODS = (
         nflows_realnvp,
         NflowsDensity,
         learning_rate=1e-2,
+        images=IMAGES["nflows-realnvp"],
     ),
     Method(
         "normflows-realnvp",
@@ -131,16 +146,28 @@ METHODS = (
         NormflowsDensity,
         learning_rate=1e-2,
         conditional=False,
+        images=IMAGES["normflows-realnvp"],
+    ),
+    Method(
+        "nflows-glow",
+        "Glow: its steps in nflows",
+        "coupling",
+        "Kingma and Dhariwal 2018, arXiv 1807.03039",
+        nflows_glow,
+        NflowsDensity,
+        learning_rate=1e-2,
+        images=IMAGES["nflows-glow"],
     ),
     Method(
         "normflows-glow",
-        "Glow: its steps in normflows, for vectors",
+        "Glow: its steps in normflows",
         "coupling",
         "Kingma and Dhariwal 2018, arXiv 1807.03039",
         normflows_glow,
         NormflowsDensity,
         learning_rate=1e-2,
         conditional=False,
+        images=IMAGES["normflows-glow"],
     ),
     Method(
         "nflows-nsf",

@@ -1,8 +1,8 @@
 """What a method is, what it builds, and how large.
 
-A stack is a function (features, width, context_features) -> host flow of that hidden width. The width is not written
-down: `build` takes the largest that keeps the flow within the task's number of parameters, so that all methods are of
-one size.
+A stack is a function (features, width, context_features) -> host flow of that hidden width; one for images has their
+shape in place of the features. The width is not written down: `build` takes the largest that keeps the flow within the
+task's number of parameters, so that all methods are of one size.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,10 @@ BLOCKS = 8  # transforms of a flow, where the family does not ask for another nu
 RATES = (1e-3, 3e-3, 1e-2)
 ONE = math.log(math.e - 1)  # softplus(ONE) = 1: for maps that should start as the identity
 
+Shape = tuple[int, ...]
+Event = int | Shape  # of one point: how many features, or the shape (channels, height, width)
 Stack = Callable[[int, int, int | None], nn.Module]
+ImageStack = Callable[[Shape, int, int | None], nn.Module]
 Fit = Callable[[Any, Tensor, Tensor], None]
 
 
@@ -79,6 +82,21 @@ class Density(nn.Module):
 
 
 @dataclass(frozen=True)
+class Images:
+    """How a method builds a density of images.
+
+    Args:
+        stack: (shape, width, context_features) -> the host's model of pixels in [0, 1).
+        host: gives the model its names.
+        conditional: whether it can take a context.
+    """
+
+    stack: ImageStack
+    host: type[Density]
+    conditional: bool = False
+
+
+@dataclass(frozen=True)
 class Method:
     """How to build one density, and how it likes to be trained.
 
@@ -98,6 +116,7 @@ class Method:
         after_step: what the host wants to be called after every optimiser step.
         fit: (density, train points, validation points), called once in place of an optimiser.
         own_size: whether the model is as large as it is, whatever the budget.
+        images: what it builds for images; None where it has no answer to them.
     """
 
     name: str
@@ -115,6 +134,32 @@ class Method:
     after_step: Callable[[Density], None] | None = None
     fit: Fit | None = None
     own_size: bool = False
+    images: Images | None = None
+
+    def refusal(self, event: Event, context_features: int | None = None) -> str:
+        """Why it has no answer to such events, as a sentence; empty where it has one."""
+        images = self.images if is_image(event) else None
+        if is_image(event) and images is None:
+            return f"{self.name} models vectors, and the points are images of shape {event}."
+        takes = self.conditional if images is None else images.conditional
+        if context_features is None or takes:
+            return ""
+        where = "" if images is None else " with images"
+        return f"{self.name} takes no context{where}, and context_features={context_features} was given."
+
+    def model(self, event: Event, width: int, context_features: int | None) -> nn.Module:
+        """The host's model of that width."""
+        if is_image(event) and self.images is not None:
+            return self.images.stack(event, width, context_features)
+        return self.stack(math.prod(event) if isinstance(event, tuple) else event, width, context_features)
+
+    def density(self, event: Event) -> type[Density]:
+        """What gives the model its names."""
+        return self.images.host if is_image(event) and self.images is not None else self.host
+
+
+def is_image(event: Event) -> TypeGuard[Shape]:
+    return isinstance(event, tuple) and len(event) > 1
 
 
 def parameter_count(module: nn.Module) -> int:
@@ -122,17 +167,18 @@ def parameter_count(module: nn.Module) -> int:
 
 
 @cache
-def widest(method: Method, features: int, parameters: int, context_features: int | None = None) -> int:
+def widest(method: Method, event: Event, parameters: int, context_features: int | None = None) -> int:
     """The largest hidden width with which the method's stack has at most so many parameters."""
 
     def fits(width: int) -> bool:
         if width > method.largest:
             return False
         with torch.random.fork_rng(devices=[]):  # trial flows must not shift the seed of the real one
-            return parameter_count(method.stack(features, width, context_features)) <= parameters
+            return parameter_count(method.model(event, width, context_features)) <= parameters
 
     if not fits(1):
-        raise ValueError(f"no width brings {method.name} with {features} features down to {parameters} parameters")
+        what = f"images of shape {event}" if is_image(event) else f"{event} features"
+        raise ValueError(f"no width brings {method.name} with {what} down to {parameters} parameters")
     low, high = 1, 2
     while fits(high):
         low, high = high, 2 * high
@@ -142,14 +188,14 @@ def widest(method: Method, features: int, parameters: int, context_features: int
     return low
 
 
-def build(method: Method, features: int, parameters: int, context_features: int | None = None) -> Density:
-    """The method's density for so many features, as large as the parameters allow."""
-    if context_features is not None and not method.conditional:
-        raise ValueError(
-            f"{method.name} takes no context, and context_features={context_features} was given; leave it out, or take "
-            "a method with `conditional`."
-        )
-    width = 1 if method.own_size else widest(method, features, parameters, context_features)
-    flow = method.stack(features, width, context_features)
+def build(method: Method, event: Event, parameters: int, context_features: int | None = None) -> Density:
+    """The method's density of so many features, or of images of that shape, as large as the parameters allow."""
+    if isinstance(event, tuple) and len(event) == 1:
+        event = event[0]
+    refusal = method.refusal(event, context_features)
+    if refusal:
+        raise ValueError(refusal)
+    width = 1 if method.own_size else widest(method, event, parameters, context_features)
+    flow = method.model(event, width, context_features)
     swap = "" if method.swapped is None else str(swap_transforms(flow, method.swapped))
-    return method.host(flow, context_features, swap)
+    return method.density(event)(flow, context_features, swap)

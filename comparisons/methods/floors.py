@@ -5,6 +5,7 @@ What is worse than the Gaussian has learnt nothing. In the plane, with many poin
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 import numpy as np
@@ -13,7 +14,7 @@ from sklearn.neighbors import KernelDensity
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
 
-from comparisons.methods.density import Density, Method
+from comparisons.methods.density import Density, Images, Method, Shape
 
 JITTER = 1e-6  # on the diagonal of the covariance, as in scikit-learn's GaussianMixture
 BANDWIDTHS = np.geomspace(0.02, 1.0, 12)  # in the units of the data, which are near standard deviations
@@ -27,6 +28,7 @@ class Gaussian(nn.Module):
 
     def __init__(self, features: int, width: int, context_features: int | None) -> None:
         super().__init__()
+        self.shape: Shape = (features,)  # of a point
         self.register_buffer("mean", torch.zeros(features))
         self.register_buffer("factor", torch.eye(features))
 
@@ -34,28 +36,36 @@ class Gaussian(nn.Module):
         return MultivariateNormal(self.mean, scale_tril=self.factor)
 
 
+def gaussian_of_images(shape: Shape, width: int, context_features: int | None) -> Gaussian:
+    """Of pixels in a row, as they are: a Gaussian has no use for a logit."""
+    gaussian = Gaussian(math.prod(shape), width, context_features)
+    gaussian.shape = shape
+    return gaussian
+
+
 class GaussianDensity(Density):
     """A normal distribution with full covariance: x = mean + factor z."""
 
     def fit(self, train: Tensor, validation: Tensor) -> None:
+        train = train.flatten(1)
         self.flow.mean.copy_(train.mean(0))
         self.flow.factor.copy_(torch.linalg.cholesky(train.T.cov() + JITTER * torch.eye(train.shape[1]).to(train)))
 
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         self.given(len(x), context)
-        return self.flow.distribution().log_prob(x)
+        return self.flow.distribution().log_prob(x.flatten(1))
 
     def sample(self, n: int, context: Tensor | None = None) -> Tensor:
         self.given(n, context)
-        return self.flow.distribution().sample((n,))
+        return self.flow.distribution().sample((n,)).unflatten(1, self.flow.shape)
 
     def to_noise(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         self.given(len(x), context)
-        return torch.linalg.solve_triangular(self.flow.factor, (x - self.flow.mean).T, upper=False).T
+        return torch.linalg.solve_triangular(self.flow.factor, (x.flatten(1) - self.flow.mean).T, upper=False).T
 
     def to_data(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         self.given(len(z), context)
-        return self.flow.mean + z @ self.flow.factor.T
+        return (self.flow.mean + z @ self.flow.factor.T).unflatten(1, self.flow.shape)
 
 
 class Kernels(nn.Module):
@@ -104,6 +114,7 @@ METHODS = (
         conditional=False,
         largest=1,
         fit=GaussianDensity.fit,
+        images=Images(gaussian_of_images, GaussianDensity),
     ),
     Method(
         "kde",

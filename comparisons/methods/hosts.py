@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from comparisons.methods.density import Density
 
 warnings.filterwarnings("ignore", message="torch.lu is deprecated")  # normflows still calls it
+warnings.filterwarnings("ignore", message="torch.triangular_solve is deprecated")  # and nflows this
 
 
 def nflows_flow(features: int, transforms: Sequence[Transform]) -> Flow:

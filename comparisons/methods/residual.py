@@ -1,20 +1,20 @@
-"""Residual flows: x + g(x) with Lip(g) < 1. Ours, the published recipes in our blocks, and that of normflows.
-
-i-DenseNet (Perugachi-Diaz et al. 2021, arXiv 2102.02694) is missing: it needs a `LipschitzDenseNet` in our nets.
-"""
+"""Residual flows: x + g(x) with Lip(g) < 1. Ours, the published recipes in our blocks, and that of normflows."""
 
 from __future__ import annotations
 
 import normflows
-from nflows.transforms import ActNorm, InverseTransform, Transform
+from nflows.transforms import ActNorm, AffineCouplingTransform, InverseTransform, LULinear, Transform
+from nflows.utils.torchutils import create_alternating_binary_mask
 from torch import nn
 
+from comparisons.methods.coupling import conditioner, permutation
 from comparisons.methods.density import BLOCKS, Density, Method
 from comparisons.methods.hosts import NflowsDensity, NormflowsDensity, nflows_flow, normflows_flow
+from comparisons.methods.images import IMAGES
 from iresflow_plugin.adapters.nflows import ResidualTransform
-from iresflow_plugin.lipschitz import LipSwish
+from iresflow_plugin.lipschitz import CLipSwish, LipSwish
 from iresflow_plugin.log_det import PowerSeries, RussianRoulette
-from iresflow_plugin.nets import LipschitzMLP
+from iresflow_plugin.nets import LipschitzDenseNet, LipschitzMLP
 
 
 def branch(features: int, width: int, context_features: int | None) -> LipschitzMLP:
@@ -46,6 +46,33 @@ def residual_flow(features: int, width: int, context_features: int | None) -> nn
     for _ in range(BLOCKS):
         net = LipschitzMLP(sizes, context_features, activation=LipSwish, lipschitz=0.98 ** (len(sizes) - 1))
         transforms += [ActNorm(features), ResidualTransform(net, log_det=RussianRoulette(exact_terms=2))]
+    return nflows_flow(features, transforms)
+
+
+def i_densenet(features: int, width: int, context_features: int | None) -> nn.Module:
+    """CLipSwish, three densely connected layers, else as Residual Flow. The bound is shared out by the net itself."""
+    transforms: list[Transform] = []
+    for _ in range(BLOCKS):
+        growth = [width] * 3
+        net = LipschitzDenseNet(
+            features,
+            growth,
+            context_features=context_features,
+            activation=CLipSwish,
+            lipschitz=0.98 ** (len(growth) + 1),
+        )
+        transforms += [ActNorm(features), ResidualTransform(net, log_det=RussianRoulette(exact_terms=2))]
+    return nflows_flow(features, transforms)
+
+
+def alternating(features: int, width: int, context_features: int | None) -> nn.Module:
+    """Our blocks and steps of Glow in turn: what a block cannot stretch, a coupling can."""
+    mask = create_alternating_binary_mask(features)
+    transforms: list[Transform] = []
+    for _ in range(BLOCKS // 2):
+        coupling = AffineCouplingTransform(mask, conditioner(width, context_features))
+        transforms += [ResidualTransform(branch(features, width, context_features))]
+        transforms += [ActNorm(features), permutation(features), LULinear(features), coupling]
     return nflows_flow(features, transforms)
 
 
@@ -81,6 +108,7 @@ METHODS = (
         ours,
         NflowsDensity,
         learning_rate=1e-2,
+        images=IMAGES["ours"],
     ),
     Method(
         "i-resnet",
@@ -90,6 +118,7 @@ METHODS = (
         i_resnet,
         NflowsDensity,
         learning_rate=3e-3,
+        images=IMAGES["i-resnet"],
     ),
     Method(
         "residual-flow",
@@ -99,6 +128,27 @@ METHODS = (
         residual_flow,
         NflowsDensity,
         learning_rate=3e-3,
+        images=IMAGES["residual-flow"],
+    ),
+    Method(
+        "i-densenet",
+        "i-DenseNet: the published recipe in our blocks, with CLipSwish, dense connections and ActNorm",
+        "residual",
+        "Perugachi-Diaz, Tomczak and Bhulai 2021, arXiv 2102.02694",
+        i_densenet,
+        NflowsDensity,
+        learning_rate=3e-3,
+        images=IMAGES["i-densenet"],
+    ),
+    Method(
+        "alternating",
+        "Residual blocks of this package and affine couplings in turn, in nflows",
+        "residual",
+        "this package, after Kingma and Dhariwal 2018, arXiv 1807.03039",
+        alternating,
+        NflowsDensity,
+        learning_rate=1e-2,
+        images=IMAGES["alternating"],
     ),
     Method(
         "impflow",

@@ -1,8 +1,7 @@
 """The tasks of the comparisons: toys with known densities, real tables, and files of the user.
 
 `load("rings")` or `load("path/to/file.csv")` gives a `Task`. A new task is a function without arguments in `TASKS`.
-Images as such (kind "image", x of shape (n, channels, height, width)) would come as `images.py` beside `tables.py`:
-`Task.shape` and `Points` already allow for them; today's image task, digits, is flat.
+A point is a vector, except in the suite "image", where it has the shape (channels, height, width).
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from comparisons.tasks import tables, toys
+from comparisons.tasks import images, tables, toys
 from comparisons.tasks.files import SUFFIXES, load_file
 from comparisons.tasks.sources import DataNotFoundError
 from comparisons.tasks.task import Draw, Points, Task
@@ -42,12 +41,17 @@ TASKS: dict[str, Callable[[], Task]] = {
     "digits-conditional": tables.digits_conditional,
     "magic-conditional": tables.magic_conditional,
     "gas-turbine-conditional": tables.gas_turbine_conditional,
+    "digits-image": images.digits_image,
+    "mnist-small": images.mnist_small,
+    "mnist": images.mnist,
+    "cifar10": images.cifar10,
     "smoke": smoke,
 }
 
 SUITES: dict[str, list[str]] = {
     "toy": list(toys.TOYS),
     "tabular": ["gas-turbine", "magic", "power", "bsds300", "digits", "breast-cancer", "diabetes", "wine"],
+    "image": ["digits-image", "mnist-small", "mnist", "cifar10"],
     "conditional": [name for name in TASKS if name.endswith("-conditional")],
     "smoke": ["smoke"],
 }

@@ -65,6 +65,7 @@ class Task:
     levels: float | None = None  # quantisation steps in one raw unit; None where bits per dimension mean nothing
     groups: Tensor | None = None  # test points of one group depend on each other: take error bars over groups
     restore: Callable[[Tensor], Tensor] = lambda x: x  # back to the units of the raw data, for pictures
+    value_range: tuple[float, float] | None = None  # of restored grey values, where it is known
 
     @property
     def shape(self) -> tuple[int, ...]:

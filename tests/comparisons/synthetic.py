@@ -15,7 +15,7 @@ from comparisons.training import History
 from comparisons.two_sample import DISTANCES, WithFloor
 from iresflow_plugin.log_det import Exact
 
-RESIDUAL = ("ours", "i-resnet", "residual-flow", "impflow")
+RESIDUAL = ("ours", "i-resnet", "residual-flow", "i-densenet", "alternating", "impflow")
 
 
 def make_result(method: str = "ours", mean: float = 0.0, seed: int = 0, task: str = "t", **changes) -> Result:

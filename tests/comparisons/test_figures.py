@@ -20,6 +20,7 @@ from comparisons.figures import (
     learning_curves,
     loss_limits,
     plane_samples,
+    reconstructions,
     sheet,
     table_samples,
     wrapped,
@@ -84,7 +85,33 @@ def test_captions_name_who_diverged() -> None:
 
 
 def test_sheet_takes_images_of_any_shape() -> None:
-    assert sheet(np.zeros((10, 16))).shape == sheet(np.zeros((10, 1, 4, 4))).shape == (14, 14)
+    assert sheet(np.zeros((10, 16))).shape == sheet(np.zeros((10, 1, 4, 4))).shape == (14, 14, 1)
+    assert sheet(np.zeros((10, 3, 4, 6)), columns=5).shape == (9, 34, 3)
+
+
+def test_sheet_puts_images_in_their_places() -> None:
+    images = np.random.default_rng(0).normal(size=(4, 3, 5, 6))
+    found = sheet(images)
+    assert np.array_equal(found[6:, :6], images[2].transpose(1, 2, 0)) and not found[5].any()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_have_pictures_of_all_that_was_done_to_them(channels: int) -> None:
+    random = np.random.default_rng(0)
+    data = {"data": random.uniform(0, 256, (64, channels, 8, 8)), "value_range": np.array([0.0, 256.0])}
+    cells = {
+        name: {what: data["data"] + 1e-3 for what in ("samples", "reconstructions", "interpolations", "cool_samples")}
+        for name in ("ours", "made")
+    }
+    cells["made"]["reconstructions"][0] = np.nan
+    cells["kde"] = {"samples": data["data"]}
+    figure = reconstructions("task", data, cells)
+    labels = [panel.get_ylabel() for panel in figure.axes]
+    assert labels == ["test images", "ours", "difference, up to 1.0e-03", "made", "difference, up to inf"]
+    figure.draw_without_rendering()
+    figure = image_samples("task", data, cells, {}, "interpolations")
+    assert titles(figure) == ["data", "ours", "made"]
+    figure.draw_without_rendering()
 
 
 def curves(seeds: int = 2) -> Figure:

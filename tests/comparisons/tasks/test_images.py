@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from comparisons.tasks import SUITES, DataNotFoundError, Task, load
 from comparisons.tasks.images import ImageSet, load_images
-from comparisons.tasks.sources import VARIABLE, DataNotFoundError
+from comparisons.tasks.sources import VARIABLE
 
 RANDOM = np.random.RandomState(0)
 MNIST = RANDOM.randint(0, 256, (6, 28, 28), np.uint8)
@@ -152,3 +153,56 @@ def test_the_images_that_everybody_knows(name: str, shape: tuple[int, ...]) -> N
         pytest.skip(str(error))
     assert found.x_train.shape[1:] == found.x_test.shape[1:] == shape[1:] and len(found.x_train) <= shape[0]
     assert found.y_train.unique().tolist() == list(range(10))
+
+
+# tasks -----------------------------------------------------------------------------------------------
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def loaded(name: str) -> Task:
+    try:
+        return load(name)
+    except DataNotFoundError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("name", SUITES["image"])
+def test_an_image_task_is_dequantised_into_the_unit_cube(name: str) -> None:
+    task = loaded(name)
+    batch, again, other = (task.draw(500, generator(seed)).x for seed in (1, 1, 2))
+    assert task.name == name and task.kind == "image" and batch.shape == (500, *task.shape) and len(task.shape) == 3
+    assert torch.equal(batch, again) and not torch.equal(batch, other)
+    assert task.value_range is not None and task.columns == ()
+    for x in (batch, task.test.x, task.validation.x):
+        assert x.dtype == torch.float32 and x.min() >= 0 and x.max() < 1
+        levels = x.mul(task.value_range[1]).floor()
+        assert 0.45 < (x * task.value_range[1] - levels).mean() < 0.55  # the noise
+    assert (batch.mean((0, 2, 3)) - task.test.x.mean((0, 2, 3))).abs().max() < 0.03
+
+
+def test_noise_is_fresh_in_batches_and_fixed_in_the_test_part() -> None:
+    task = load("digits-image")
+    many = task.draw(4000, generator(0)).x
+    grey = many.mul(17).floor()
+    first, second = next((a, b) for a in range(50) for b in range(a + 1, 4000) if torch.equal(grey[a], grey[b]))
+    assert not torch.equal(many[first], many[second])
+    assert torch.equal(task.test.x, load("digits-image").test.x)
+
+
+def test_bits_per_dimension_are_those_of_the_literature() -> None:
+    """A uniform density over the cube says 8 bits a pixel for 256 grey values, whatever the image."""
+    task = loaded("mnist-small")
+    assert task.bits_per_dimension(0.0) == pytest.approx(8)
+    assert load("digits-image").bits_per_dimension(0.0) == pytest.approx(np.log2(17))
+    nats_in_grey_values = -784 * np.log(256)
+    assert 0.0 + task.log_volume == pytest.approx(nats_in_grey_values)
+
+
+def test_a_task_says_what_its_numbers_rest_on() -> None:
+    assert len(loaded("mnist-small").test) == 2000
+    said = " ".join(loaded("cifar10").preprocessing)
+    assert "train images out for validation" in said and "noise of width 1 to all 256 grey values" in said
+    assert ("FIRST 1000" in said) == (len(loaded("cifar10").test) == 1000)

@@ -9,7 +9,7 @@ from comparisons.tasks import SUITES, TASKS, load
 
 def test_suites_hold_tasks_and_every_task_is_in_one() -> None:
     assert sorted(name for suite in SUITES.values() for name in suite) == sorted(TASKS)
-    assert len(SUITES["toy"]) == 8 and set(SUITES) == {"toy", "tabular", "conditional", "smoke"}
+    assert len(SUITES["toy"]) == 8 and set(SUITES) == {"toy", "tabular", "image", "conditional", "smoke"}
 
 
 @pytest.mark.parametrize(("name", "hint"), [("chekerboard", "did you mean 'checkerboard'?"), ("xyz", "there are: ")])

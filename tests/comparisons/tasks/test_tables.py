@@ -11,6 +11,8 @@ from comparisons.tasks import SUITES, TASKS, DataNotFoundError, Task, load
 from comparisons.tasks.sources import load_arrays
 from comparisons.tasks.tables import first_of_each, random_split
 
+FLAT = [name for name in TASKS if name not in SUITES["image"]]  # the others: test_images.py
+
 
 def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
@@ -23,7 +25,7 @@ def loaded(name: str) -> Task:
         pytest.skip(str(error))
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", FLAT)
 def test_a_task_draws_batches_like_its_test_points(name: str) -> None:
     task = loaded(name)
     batch = task.draw(2000, generator(1))
@@ -40,7 +42,7 @@ def test_a_task_draws_batches_like_its_test_points(name: str) -> None:
         assert torch.isfinite(task.restore(task.test.x)).all() and task.preprocessing
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", FLAT)
 def test_a_context_comes_with_every_point_of_conditional_tasks_alone(name: str) -> None:
     task = loaded(name)
     assert (task.context_features is not None) == (name in SUITES["conditional"])
