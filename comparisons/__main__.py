@@ -331,6 +331,7 @@ def classify(
     warm_up: Annotated[float | None, typer.Option(help="Share of the training in which the rate rises.")] = None,
     weight_decay: Annotated[float | None, typer.Option(min=0.0)] = None,
     average: Annotated[float | None, typer.Option(help="Decay of a running average of the weights.")] = None,
+    clip: Annotated[float | None, typer.Option(help="Largest norm of a gradient.")] = None,
     accumulate: Annotated[int | None, typer.Option(min=1, help="Parts in which a batch is worked through.")] = None,
     compile_: Annotated[bool | None, typer.Option("--compile", help="By torch.compile.")] = None,
     piece: Annotated[
@@ -358,6 +359,7 @@ def classify(
         "warm_up": warm_up,
         "weight_decay": weight_decay,
         "average": average,
+        "clip": clip,
         "accumulate": accumulate,
         "compile": compile_,
     }

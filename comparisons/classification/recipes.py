@@ -24,7 +24,8 @@ class Recipe:
 
 
 QUICK = Optimisation(optimizer="adam", warm_up=0.05)
-AS_PUBLISHED = Optimisation(optimizer="sgd", weight_decay=5e-4, warm_up=0.005, schedule="steps", keep="last")
+# clip: without, momentum throws the ActNorms off within the first steps; sgd and "last" keep checkpoints small
+AS_PUBLISHED = Optimisation(optimizer="sgd", weight_decay=5e-4, warm_up=0.005, schedule="steps", clip=0.2, keep="last")
 PUBLISHED = Recipe(0.1, AS_PUBLISHED, Budget(steps=EPOCHS * TRAIN_IMAGES // BATCH, batch=BATCH))
 
 RECIPES = {
