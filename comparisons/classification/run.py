@@ -41,8 +41,16 @@ class Cell:
     seed: int
 
 
+@dataclass(frozen=True)
+class Left:
+    """A training without numbers yet: what to say, and whether it failed or may go on."""
+
+    words: str
+    failed: bool = False
+
+
 def classify(plan: Plan, console: Console) -> int:
-    """Run what is not yet done; the exit code: 0 done, 1 other settings lie in the folder, 75 paused."""
+    """Run what is not yet done; the exit code: 0 done, 1 a training failed or other settings lie there, 75 paused."""
     store = Store(plan.out)
     try:
         store.start(plan.settings, plan.fresh)
@@ -53,27 +61,28 @@ def classify(plan: Plan, console: Console) -> int:
     done = {(outcome.c, outcome.seed) for outcome in read(store.lines)}
     wanted = [Cell(c, seed) for seed in plan.seeds for c in plan.bounds if (c, seed) not in done]
     deadline = math.inf if plan.piece is None else time.monotonic() + plan.piece
-    paused, run = [], {**provenance(), "workers": plan.workers}
+    left: list[Left] = []
+    run = {**provenance(), "workers": plan.workers}
     for found in outcomes(plan, wanted, deadline):
         if isinstance(found, Outcome):
             append(store.lines, {**asdict(found), "run": run})
             store.checkpoint((plan.data, found.method, found.seed)).unlink(missing_ok=True)
             console.print(report.sentence(found), highlight=False, soft_wrap=True)
         else:
-            paused.append(found)
-            console.print(f"[yellow]{found}[/]", highlight=False, soft_wrap=True)
+            left.append(found)
+            console.print(f"[yellow]{found.words}[/]", highlight=False, soft_wrap=True)
     results = read(store.lines)
     if results:
         grid = report.table(results)
         print_wide(console, [grid.rich()])
         console.print(f"Table:   {report.write_markdown(store, results, plan.settings)}", highlight=False)
         console.print(f"Picture: {report.write_picture(store, results)}", highlight=False)
-    return PAUSED if paused else 0
+    return 1 if any(one.failed for one in left) else PAUSED if left else 0
 
 
-def outcomes(plan: Plan, wanted: Sequence[Cell], deadline: float) -> Iterator[Outcome | str]:
-    """In turn or side by side; a sentence for a training that paused."""
-    work = partial(run_cell, plan, deadline)
+def outcomes(plan: Plan, wanted: Sequence[Cell], deadline: float) -> Iterator[Outcome | Left]:
+    """In turn or side by side."""
+    work = partial(attempt, plan, deadline)
     if plan.workers == 1:
         yield from map(work, wanted)
         return
@@ -82,11 +91,22 @@ def outcomes(plan: Plan, wanted: Sequence[Cell], deadline: float) -> Iterator[Ou
         yield from pool.map(work, wanted)
 
 
-def run_cell(plan: Plan, deadline: float, cell: Cell) -> Outcome | str:
+def attempt(plan: Plan, deadline: float, cell: Cell) -> Outcome | Left:
+    """What becomes of a training; one that breaks down, as a vanilla one at a high rate, does not end the others."""
+    who = f"{method_name(cell.c, plan.hybrid)}, seed {cell.seed}"
+    if time.monotonic() > deadline:
+        return Left(f"{who}: not begun in this piece")
+    try:
+        return run_cell(plan, deadline, cell)
+    except PausedError as paused:
+        return Left(f"{who}: {paused}; the same command goes on")
+    except (RuntimeError, ArithmeticError) as error:
+        return Left(f"{who} failed: {error}", failed=True)
+
+
+def run_cell(plan: Plan, deadline: float, cell: Cell) -> Outcome:
     """Build, train, measure; or go on with the checkpoint, and pause again at the deadline."""
     name = method_name(cell.c, plan.hybrid)
-    if time.monotonic() > deadline:
-        return f"{name}, seed {cell.seed}: not begun in this piece"
     if plan.machine.device == "cpu":
         torch.set_num_threads(1)
     torch.set_flush_denormal(True)
@@ -94,21 +114,18 @@ def run_cell(plan: Plan, deadline: float, cell: Cell) -> Outcome | str:
     seed_everything(cell.seed, verbose=False)
     method = method_of(plan, cell.c, task)
     density = build(method, task.features, task.parameters, task.context_features)
-    try:
-        history = train(
-            density,
-            task,
-            method,
-            rate=plan.rate,
-            budget=plan.budget,
-            seed=cell.seed,
-            fabric=fabric,
-            on_progress=lambda share: None,
-            checkpoint=store.checkpoint((plan.data, name, cell.seed)),
-            pause=lambda: time.monotonic() > deadline,
-        )
-    except PausedError as paused:
-        return f"{name}, seed {cell.seed}: {paused}; the same command goes on"
+    history = train(
+        density,
+        task,
+        method,
+        rate=plan.rate,
+        budget=plan.budget,
+        seed=cell.seed,
+        fabric=fabric,
+        on_progress=lambda share: None,
+        checkpoint=store.checkpoint((plan.data, name, cell.seed)),
+        pause=lambda: time.monotonic() > deadline,
+    )
     if not isinstance(density, (Classifier, Hybrid)):
         raise TypeError(f"{type(density).__name__} is not measured here.")
     if cell.seed == plan.seeds[0]:

@@ -12,7 +12,7 @@ from lightning.fabric import Fabric
 from typer.testing import CliRunner
 
 from comparisons.__main__ import app
-from comparisons.classification import measure, report
+from comparisons.classification import measure, report, run
 from comparisons.classification.hybrid import HYBRID_SIZES, Hybrid, HybridNet
 from comparisons.classification.model import SIZES, Classifier, InvertibleClassifier, Size, branch_bound
 from comparisons.classification.recipes import RECIPES
@@ -172,6 +172,21 @@ def test_the_smoke_command(tmp_path: Path) -> None:
     assert (tmp_path / "reconstructions.png").stat().st_size > 1000
     assert json.loads((tmp_path / "results.jsonl").read_text().splitlines()[0])["run"]["versions"]["torch"]
     assert CliRunner().invoke(app, [*options, "--rate", "0.5"]).exit_code == 1  # another run in the same folder
+
+
+def test_a_training_that_breaks_down_does_not_end_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train = run.train
+
+    def broken(density, task, method, **more):
+        if method.name == "vanilla":
+            raise RuntimeError("gradients are not finite")
+        return train(density, task, method, **more)
+
+    monkeypatch.setattr(run, "train", broken)
+    command = ["classify", "--vanilla", "--c", "0.9", "--steps", "2", "--out", str(tmp_path)]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 1 and "vanilla, seed 0 failed: gradients are not finite" in result.output
+    assert [found.method for found in read(tmp_path / "results.jsonl")] == ["c=0.9"]
 
 
 def test_a_hybrid_by_the_command(tmp_path: Path) -> None:
