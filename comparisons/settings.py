@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
+import torch
 from lightning.fabric import Fabric
+
+Optimizer = Literal["adam", "adamax", "sgd"]
+Schedule = Literal["cosine", "steps", "constant"]
+Keep = Literal["best", "last"]
+DROPS = (0.3, 0.6, 0.8)  # shares of the training after which the rate of "steps" drops: epochs 60, 120, 160 of 200
+DROP = 0.2
 
 
 @dataclass(frozen=True)
@@ -46,6 +55,66 @@ class Budget:
         length = f"{self.steps} steps" if self.seconds is None else f"{self.seconds:g} seconds of training"
         size = "the task's number of parameters" if self.parameters is None else f"{self.parameters:,} parameters"
         return f"{length}, {size}" + ("" if self.batch is None else f", batches of {self.batch}")
+
+
+@dataclass(frozen=True)
+class Optimisation:
+    """How a training goes, beside its length and its learning rate. The default is Adam with a cosine schedule.
+
+    Args:
+        optimizer: "adam", "adamax" or "sgd" (with momentum).
+        momentum: of sgd.
+        weight_decay: added to the gradients, times the weights.
+        warm_up: share of the training over which the learning rate rises from 0.
+        schedule: what follows: "cosine" falls to 0, "steps" drops to a fifth three times, "constant".
+        average: decay of a running average of the weights, which is then what is validated and kept; None for none.
+            Averaged are the free weights; what is computed of them is constrained again, hence certified.
+        clip: largest norm of a gradient; None for any.
+        accumulate: parts of a batch that go through the network one by one, where it does not fit at once.
+        compile: by torch.compile.
+        keep: weights of the "best" validation, or of the "last" step, which need no place in a checkpoint.
+    """
+
+    optimizer: Optimizer = "adam"
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    warm_up: float = 0.0
+    schedule: Schedule = "cosine"
+    average: float | None = None
+    clip: float | None = 5.0
+    accumulate: int = 1
+    compile: bool = False
+    keep: Keep = "best"
+
+    def __post_init__(self) -> None:
+        for name, values in {"optimizer": Optimizer, "schedule": Schedule, "keep": Keep}.items():
+            if getattr(self, name) not in get_args(values):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(values))}, got {getattr(self, name)!r}.")
+        for name in ("momentum", "warm_up", "average"):
+            if (value := getattr(self, name)) is not None and not 0 <= value < 1:
+                raise ValueError(f"{name} must lie in [0, 1), got {value}.")
+        if self.weight_decay < 0 or self.accumulate < 1 or (self.clip is not None and self.clip <= 0):
+            raise ValueError(
+                "weight_decay must not be negative, accumulate be at least 1 and clip positive or None; got "
+                f"{self.weight_decay}, {self.accumulate} and {self.clip}."
+            )
+
+    def build(self, parameters: Iterable[torch.nn.Parameter], rate: float) -> torch.optim.Optimizer:
+        if self.optimizer == "sgd":
+            return torch.optim.SGD(parameters, rate, momentum=self.momentum, weight_decay=self.weight_decay)
+        kind: Callable[..., torch.optim.Optimizer] = {"adam": torch.optim.Adam, "adamax": torch.optim.Adamax}[
+            self.optimizer
+        ]
+        return kind(parameters, lr=rate, weight_decay=self.weight_decay)
+
+    def factor(self, spent: float) -> float:
+        """Of the learning rate, when this share of the training is done."""
+        if spent < self.warm_up:
+            return spent / self.warm_up
+        share = (spent - self.warm_up) / (1 - self.warm_up)
+        if self.schedule == "cosine":
+            return (1 + math.cos(math.pi * share)) / 2
+        return DROP ** sum(spent >= drop for drop in DROPS) if self.schedule == "steps" else 1.0
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.fabric import Fabric
@@ -18,15 +18,14 @@ from lightning.fabric.loggers.logger import Logger
 from torch import Tensor, nn
 
 from comparisons.methods import Density, Fit, Method
-from comparisons.settings import Budget
+from comparisons.settings import Budget, Optimisation
 from comparisons.tasks import Points, Task
 from iresflow_plugin import ResidualBlock, using
 from iresflow_plugin.log_det import Exact, LogDet, PowerSeries
 
 VALIDATIONS = 20
 VALIDATION_POINTS = 1000
-VALIDATION_IMAGES = 250  # which cost more, and hold many pixels each
-CLIP_NORM = 5.0
+VALIDATION_IMAGES = 250  # for densities, which cost more there, and hold many pixels each
 FITTED_POINTS = 10_000  # for methods that are fitted and not trained
 EXACT_UP_TO = 64  # features: beyond this the exact log-det costs too much to be the yardstick
 EVALUATION_BATCH = 1000
@@ -68,7 +67,7 @@ def evaluating(density: Density, features: int, log_det: LogDet | None = None) -
     and its remainder is bounded. `metrics.log_det_error` says what both may amount to.
     """
     training = density.training
-    if log_det is None:
+    if log_det is None and density.volume:
         log_det = Exact() if features <= EXACT_UP_TO else BEYOND
     has_blocks = any(isinstance(module, ResidualBlock) for module in density.modules())
     density.eval()
@@ -105,6 +104,10 @@ def clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
+class PausedError(Exception):
+    """The training was asked to pause; its checkpoint is on disk, and it is not finished."""
+
+
 def train(
     density: Density,
     task: Task,
@@ -117,47 +120,82 @@ def train(
     on_progress: OnProgress,
     checkpoint: Path | None = None,
     logger: Logger | None = None,
+    pause: Callable[[], bool] = lambda: False,
 ) -> History:
-    """Adam with a cosine schedule on the negative log-likelihood; ends with the weights of the best validation.
+    """Gradient steps on the negative log-likelihood; ends with the weights of the best validation, or as asked for.
 
-    Every method goes through here, and only learning rate and `after_step` differ; one with `fit` needs no steps. The
-    seconds count training alone. Where `checkpoint` is a file, training goes on from it, to the same numbers.
+    Every method goes through here, and only learning rate, `optimisation` and `after_step` differ; one with `fit`
+    needs no steps. The seconds count training alone. Where `checkpoint` is a file, training goes on from it, to the
+    same numbers. `pause` is asked after every step.
+
+    Raises:
+        PausedError: when `pause` said so, once the checkpoint is written.
     """
     if method.fit is not None:
         history = fit(density, task, method.fit, seed=seed, fabric=fabric)
         on_progress(1.0)
         return history
+    how = method.optimisation
     generator, size = torch.Generator().manual_seed(seed), budget.batch or task.batch
     meet(density, ready(task.draw(size, torch.Generator().manual_seed(seed)), density.to(fabric.device), fabric))
-    optimizer: torch.optim.Optimizer = torch.optim.Adam(density.parameters(), lr=rate)
-    model, optimizer = fabric.setup(density, optimizer)
-    state = State(best=snapshot(density))
+    optimizer = how.build(density.parameters(), rate)
+    model, optimizer = fabric.setup(compiled(density) if how.compile else density, optimizer)
+    state = beginning(density, how)
     if checkpoint is not None and checkpoint.is_file():
         state = load(checkpoint, density, optimizer, generator)
+
+    def write() -> None:
+        if checkpoint is not None and fabric.is_global_zero:
+            save(checkpoint, state, density, optimizer, generator)
+
     while (spent := budget.spent(state.step, state.seconds)) < 1:
         started = clock(fabric.device)
         for group in optimizer.param_groups:
-            group["lr"] = rate * (1 + math.cos(math.pi * spent)) / 2
+            group["lr"] = rate * how.factor(spent)
         # all processes draw the same batch and take a part each: the gradient is that of one process
         part = task.draw(size, generator)[fabric.global_rank :: fabric.world_size].to(fabric.device)
         optimizer.zero_grad()
-        fabric.backward(model(part.x, part.context))
-        fabric.clip_gradients(model, optimizer, max_norm=CLIP_NORM)
+        backward(model, part, how.accumulate, fabric)
+        if how.clip is not None:
+            fabric.clip_gradients(model, optimizer, max_norm=how.clip)
         optimizer.step()
         if method.after_step is not None:
             method.after_step(density)
         state.step += 1
+        if state.average is not None and how.average is not None:
+            follow(state.average, density, how.average, state.step)
         state.seconds = common(state.seconds + clock(fabric.device) - started, fabric)
         now = budget.spent(state.step, state.seconds)
         if state.step == 1 or int(VALIDATIONS * now) > int(VALIDATIONS * spent):
             validate(state, density, task, fabric)
             if logger is not None and fabric.is_global_zero:
                 logger.log_metrics(state.history.last, state.step)
-            if checkpoint is not None and fabric.is_global_zero:
-                save(checkpoint, state, density, optimizer, generator)
+            write()
         on_progress(min(now, 1.0))
-    density.load_state_dict(state.best)
+        if now < 1 and common(float(pause()), fabric):
+            write()
+            raise PausedError(f"paused after {state.step} steps, {now:.1%} of the training")
+    density.load_state_dict(state.kept(density))
     return state.history
+
+
+def compiled(density: Density) -> nn.Module:
+    return cast(nn.Module, torch.compile(density))
+
+
+def backward(model: Any, part: Points, pieces: int, fabric: Fabric) -> None:
+    """The gradient of the mean loss of the batch, in so many pieces."""
+    whole = part.split(math.ceil(len(part) / pieces))
+    for number, piece in enumerate(whole, start=1):
+        with fabric.no_backward_sync(model, enabled=fabric.world_size > 1 and number < len(whole)):
+            fabric.backward(model(piece.x, piece.context) * (len(piece) / len(part)))
+
+
+def follow(average: dict[str, Tensor], density: nn.Module, decay: float, step: int) -> None:
+    """Move the running average of the free weights; it forgets faster at the beginning, where they are no good."""
+    weight = 1 - min(decay, (1 + step) / (10 + step))
+    for name, value in density.named_parameters():
+        average[name].lerp_(value.detach(), weight)
 
 
 def meet(density: Density, points: Points) -> None:
@@ -173,11 +211,27 @@ def common(seconds: float, fabric: Fabric) -> float:
 
 
 def validate(state: State, density: Density, task: Task, fabric: Fabric) -> None:
-    points = task.validation[: VALIDATION_POINTS if len(task.shape) == 1 else VALIDATION_IMAGES]
-    loss = -log_likelihoods(density, points, fabric).mean().item()
-    if loss < state.history.best:
-        state.best = snapshot(density)
+    few = len(task.shape) > 1 and density.volume
+    points = task.validation[: VALIDATION_IMAGES if few else VALIDATION_POINTS]
+    with weights_of(density, state.average):
+        loss = -log_likelihoods(density, points, fabric).mean().item()
+        if state.best is not None and loss < state.history.best:
+            state.best = snapshot(density)
     state.history.add(state.step, state.seconds, loss)
+
+
+@contextmanager
+def weights_of(density: Density, average: dict[str, Tensor] | None) -> Iterator[None]:
+    """Within the context the density has the averaged weights, where there are any."""
+    if average is None:
+        yield
+        return
+    own = {name: value.detach().clone() for name, value in density.named_parameters()}
+    density.load_state_dict(average, strict=False)
+    try:
+        yield
+    finally:
+        density.load_state_dict(own, strict=False)
 
 
 def fit(density: Density, task: Task, fit: Fit, *, seed: int, fabric: Fabric) -> History:
@@ -196,12 +250,29 @@ def fit(density: Density, task: Task, fit: Fit, *, seed: int, fabric: Fabric) ->
 
 @dataclass
 class State:
-    """Where a training stands, beside weights, optimiser and random generators."""
+    """Where a training stands, beside weights, optimiser and random generators.
 
-    best: dict[str, Tensor]
+    Attributes:
+        best: weights of the best validation; None where the last are wanted.
+        average: of the free weights, over the steps; None for none.
+    """
+
+    best: dict[str, Tensor] | None
     step: int = 0
     seconds: float = 0.0
     history: History = field(default_factory=History)
+    average: dict[str, Tensor] | None = None
+
+    def kept(self, density: nn.Module) -> dict[str, Tensor]:
+        """What the training ends with."""
+        return self.best if self.best is not None else {**density.state_dict(), **(self.average or {})}
+
+
+def beginning(density: nn.Module, how: Optimisation) -> State:
+    weights = {name: value.detach().clone() for name, value in density.named_parameters()}
+    return State(
+        best=snapshot(density) if how.keep == "best" else None, average=None if how.average is None else weights
+    )
 
 
 def save(
@@ -215,7 +286,7 @@ def save(
         "generator": generator.get_state(),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        **{name: getattr(state, name) for name in ("best", "step", "seconds")},
+        **{name: getattr(state, name) for name in ("best", "step", "seconds", "average")},
         "history": asdict(state.history),
     }
     unfinished = path.with_suffix(".unfinished")
@@ -226,13 +297,17 @@ def save(
 def load(path: Path, density: nn.Module, optimizer: torch.optim.Optimizer, generator: torch.Generator) -> State:
     """Put everything back; the state says how far the training had come."""
     content = torch.load(path, map_location="cpu", weights_only=True)
+    weights = next(density.parameters())
     density.load_state_dict(content["density"])
     optimizer.load_state_dict(content["optimizer"])
     generator.set_state(content["generator"])
     torch.set_rng_state(content["torch"])
     if content["cuda"]:
         torch.cuda.set_rng_state_all(content["cuda"])
-    return State(content["best"], content["step"], content["seconds"], History(**content["history"]))
+    history, average = History(**content["history"]), content.get("average")
+    if average is not None:  # beside the weights that it follows
+        average = {name: value.to(weights.device) for name, value in average.items()}
+    return State(content["best"], content["step"], content["seconds"], history, average)
 
 
 def snapshot(module: nn.Module) -> dict[str, Tensor]:

@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, ClassVar, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
+from comparisons.settings import Optimisation
 from iresflow_plugin.swap import swap_transforms
 
 BLOCKS = 8  # transforms of a flow, where the family does not ask for another number
@@ -41,6 +42,7 @@ class Density(nn.Module):
 
     flow: Any
     invertible: ClassVar[bool] = True  # whether there are `to_noise` and `to_data`
+    volume: ClassVar[bool] = True  # whether log-dets enter `log_prob`
 
     def __init__(self, flow: nn.Module, context_features: int | None = None, swap: str = "") -> None:
         super().__init__()
@@ -105,11 +107,12 @@ class Method:
         reference: authors, year, arXiv number.
         stack: (features, width, context_features) -> the host's model.
         host: gives the model its names.
-        learning_rate: the default of Adam; 0 for a method with `fit`.
+        learning_rate: the default; 0 for a method with `fit`.
         grid: learning rates worth trying, as many for every method; empty for a method with `fit`.
         conditional: whether it can take a context.
         largest: a width that is never exceeded, whatever the budget.
         swapped: the transforms to be replaced by residual blocks.
+        optimisation: how it is trained, beside the learning rate.
         after_step: what the host wants to be called after every optimiser step.
         fit: (density, train points, validation points), called once in place of an optimiser.
         own_size: whether the model is as large as it is, whatever the budget.
@@ -127,6 +130,7 @@ class Method:
     conditional: bool = True
     largest: int = sys.maxsize
     swapped: type[nn.Module] | Callable[[str, nn.Module], bool] | None = None
+    optimisation: Optimisation = field(default_factory=Optimisation)
     after_step: Callable[[Density], None] | None = None
     fit: Fit | None = None
     own_size: bool = False

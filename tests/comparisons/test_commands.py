@@ -27,7 +27,7 @@ def run(*arguments: str) -> tuple[int, str]:
     return result.exit_code, " ".join(re.sub(r"[│╭╮╰╯─]", " ", result.output).split())
 
 
-COMMANDS = ["quickstart", "run", "swap", "bench", "property-kit", "report", "figures", "data"]
+COMMANDS = ["quickstart", "run", "swap", "classify", "bench", "property-kit", "report", "figures", "data"]
 
 
 @pytest.mark.parametrize("arguments", [[], *([command] for command in COMMANDS)])
