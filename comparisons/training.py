@@ -156,9 +156,9 @@ def train(
         part = task.draw(size, generator)[fabric.global_rank :: fabric.world_size].to(fabric.device)
         optimizer.zero_grad()
         backward(model, part, how.accumulate, fabric)
-        if how.clip is not None:
-            fabric.clip_gradients(model, optimizer, max_norm=how.clip)
-        optimizer.step()
+        norm = fabric.clip_gradients(model, optimizer, max_norm=how.clip or math.inf, error_if_nonfinite=False)
+        if norm is None or torch.isfinite(norm):  # one batch on which a host overflows should not end its training
+            optimizer.step()
         if method.after_step is not None:
             method.after_step(density)
         state.step += 1

@@ -16,7 +16,7 @@ from lightning.fabric import Fabric, seed_everything
 from comparisons import metrics, training
 from comparisons.methods import METHODS, Density, build
 from comparisons.settings import Budget, Machine
-from comparisons.tasks import TASKS, Task
+from comparisons.tasks import TASKS, Points, Task
 from comparisons.tasks.sources import REPOSITORY
 from comparisons.training import History, log_likelihoods, ready, train
 
@@ -130,6 +130,21 @@ def test_double_precision_is_double(fabric: Fabric) -> None:
     assert next(density.parameters()).dtype == torch.float64
     assert ready(small().test, density, double).x.dtype == torch.float64
     assert history.validation == pytest.approx(trained("ours", fabric, Budget(steps=3))[1].validation, abs=1e-3)
+
+
+def test_a_batch_without_a_finite_gradient_is_left_out(fabric: Fabric) -> None:
+    task = small()
+    method, calls = METHODS["nflows-maf"], []
+
+    def draw(n: int, generator: torch.Generator) -> Points:
+        calls.append(n)
+        points = task.draw(n, generator)
+        return Points(points.x * (math.inf if len(calls) == 3 else 1.0))
+
+    density = build(method, 2, 3_000)
+    options = {"rate": 1e-3, "budget": Budget(steps=6), "seed": 0, "fabric": fabric, "on_progress": lambda share: None}
+    history = train(density, replace(task, draw=draw), method, **options)
+    assert len(calls) == 7 and all(map(math.isfinite, history.validation))  # the first is to meet the data
 
 
 @pytest.mark.parametrize("wrong", [{"steps": 0}, {"seconds": -1.0}, {"parameters": 0}, {"batch": 0}])
