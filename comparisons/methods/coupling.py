@@ -144,7 +144,7 @@ METHODS = (
         "Dinh, Sohl-Dickstein and Bengio 2016, arXiv 1605.08803",
         normflows_realnvp,
         NormflowsDensity,
-        learning_rate=1e-2,
+        learning_rate=3e-3,
         conditional=False,
         images=IMAGES["normflows-realnvp"],
     ),
