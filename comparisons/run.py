@@ -129,21 +129,22 @@ def run_cells(plan: Plan, tasks: dict[str, Task], store: Store, fabric: Fabric, 
     trials = list(wanted_trials(plan, tasks, pairs, store)) if plan.tune else []
     wanted = wanted_cells(plan, tasks, pairs, store, console)
     fabric.barrier()  # all processes have read the same
+    information = {**provenance(), "workers": f"{plan.workers}, one thread each"}  # now: files may change under a run
     with bar(sum(cell.weight for cell in trials) + len(wanted), console) as (progress, advance):
         for outcome in outcomes(plan, trials, fabric, advance):
-            note(outcome, plan, store, fabric, progress)
+            note(outcome, information, store, fabric, progress)
         fabric.barrier()  # what the first process wrote, all may read
         rates = best_rates(store.load_trials())
         finals = [final(plan, tasks[name], name, method, seed, rates, store) for name, method, seed in wanted]
         before = sum(cell.weight for cell in trials)
         for outcome in outcomes(plan, finals, fabric, lambda done: advance(before + done)):
-            note(outcome, plan, store, fabric, progress)
+            note(outcome, information, store, fabric, progress)
 
 
-def note(outcome: Outcome, plan: Plan, store: Store, fabric: Fabric, progress: Progress) -> None:
+def note(outcome: Outcome, information: dict[str, Any], store: Store, fabric: Fabric, progress: Progress) -> None:
     """On disk and on the terminal, by the first process."""
     if fabric.is_global_zero:
-        keep(outcome, store, {**provenance(), "workers": f"{plan.workers}, one thread each"})
+        keep(outcome, store, information)
         progress.console.print(sentence(outcome), highlight=False, soft_wrap=True)
 
 
