@@ -30,8 +30,7 @@ QUICKSTART_TWINS = ["nflows-realnvp", "nflows-maf", "normflows-realnvp"]
 QUICKSTART_METHODS = [*(name for twin in QUICKSTART_TWINS for name in (twin, TWINS[twin])), "nflows-nsf"]
 QUICKSTART_BUDGETS = {"digits": Budget(steps=200)}  # lets all cells end within five minutes on two cores
 QUICKSTART_BUDGET = Budget(steps=500)
-SMOKE = Budget(steps=3)
-STEPS = 500
+STEPS, SMOKE_STEPS = 500, 3
 SWAP_TASKS = ["checkerboard"]
 DATA = ("digits", "mnist", "cifar10")  # with classes
 
@@ -109,7 +108,9 @@ Methods = Annotated[
 ]
 Seeds = Annotated[int, typer.Option(min=1, help="How many trainings of every method; with one there are no intervals.")]
 Seed = Annotated[int, typer.Option(help="The first torch seed.")]
-Steps = Annotated[int, typer.Option(min=1, help="Training steps of every cell.")]
+Steps = Annotated[
+    int | None, typer.Option(min=1, help="Training steps of every cell; by default 500, and 3 with --suite smoke.")
+]
 Seconds = Annotated[
     float | None, typer.Option(min=0.01, help="Seconds of training of every cell, in place of steps: equal wall-clock.")
 ]
@@ -176,7 +177,7 @@ def run_(
     method: Methods = [],  # noqa: B006
     seeds: Seeds = 1,
     seed: Seed = 0,
-    steps: Steps = STEPS,
+    steps: Steps = None,
     seconds: Seconds = None,
     parameters: Parameters = None,
     batch: Batch = None,
@@ -201,9 +202,8 @@ def run_(
     tasks = list(dict.fromkeys([*(name for part in suite for name in SUITES[part]), *task, *data]))
     if not tasks:
         raise typer.BadParameter(f"nothing to run on; give --suite ({', '.join(SUITES)}), --task or --data.")
-    budget = Budget(steps, seconds, parameters, batch)
-    if suite == ["smoke"] and steps == STEPS and seconds is None:
-        budget = replace(budget, steps=SMOKE.steps)
+    usual = SMOKE_STEPS if suite == ["smoke"] and not task and not data else STEPS
+    budget = Budget(steps or usual, seconds, parameters, batch)
     plan = Plan(
         tasks,
         [METHODS[name] for name in method or METHODS],
@@ -236,7 +236,7 @@ def swap(
     swapped_rate: Annotated[float, typer.Option(help="And for its swapped twin.")] = METHODS["ours"].learning_rate,
     seeds: Seeds = 1,
     seed: Seed = 0,
-    steps: Steps = STEPS,
+    steps: Steps = None,
     seconds: Seconds = None,
     batch: Batch = None,
     device: Device = "cpu",
@@ -261,7 +261,7 @@ def swap(
         tasks,
         methods,
         range(seed, seed + seeds),
-        Budget(steps, seconds, None, batch),
+        Budget(steps or STEPS, seconds, None, batch),
         out,
         columns=tuple(context),
         machine=Machine(device),

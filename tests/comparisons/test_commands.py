@@ -57,6 +57,14 @@ def test_nothing_to_run_is_said() -> None:
     assert code == 2 and "--suite" in output
 
 
+@pytest.mark.parametrize(("asked", "done"), [([], 3), (["--steps", "500"], 500)])
+def test_a_smoke_run_is_short_unless_steps_are_asked_for(asked: list[str], done: int, tmp_path: Path) -> None:
+    code, output = run("run", "--suite", "smoke", "--method", "made", *asked, "--workers", "1", "--out", str(tmp_path))
+    assert code == 0, output
+    (cell,) = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert cell["steps"] == done
+
+
 def test_a_run_leaves_tables_json_and_report(tmp_path: Path) -> None:
     methods = ["nflows-maf", "nflows-maf-swapped", "ours"]
     options = [part for name in methods for part in ("--method", name)]
