@@ -88,11 +88,16 @@ class StoppedError(BaseException):
 def become_worker(done: Any, stop: Any) -> None:
     """What workers share: the weight done, and the sign to stop. Ctrl-C is for the main process, which gives it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    work_alone()
+    global DONE, STOP
+    DONE, STOP = done, stop
+
+
+def work_alone() -> None:
+    """One thread, no denormals, and an end with the main process."""
     threading.Thread(target=die_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    global DONE, STOP
-    DONE, STOP = done, stop
 
 
 def die_with_parent() -> None:

@@ -28,6 +28,7 @@ from comparisons.results import SettingsError, Store, append
 from comparisons.tables import print_wide
 from comparisons.tasks import Points, Task
 from comparisons.training import PausedError, log_likelihoods, ready, train
+from comparisons.workers import work_alone
 
 PAUSED = 75  # what a shell calls a failure that another try may mend
 SHOWN = 10  # images in the picture
@@ -51,6 +52,8 @@ class Left:
 
 def classify(plan: Plan, console: Console) -> int:
     """Run what is not yet done; the exit code: 0 done, 1 a training failed or other settings lie there, 75 paused."""
+    torch.set_num_threads(1)  # as in workers
+    torch.set_flush_denormal(True)
     store = Store(plan.out)
     try:
         store.start(plan.settings, plan.fresh)
@@ -87,7 +90,7 @@ def outcomes(plan: Plan, wanted: Sequence[Cell], deadline: float) -> Iterator[Ou
         yield from map(work, wanted)
         return
     context = get_context("spawn")  # a fork of a process that has used torch may hang
-    with ProcessPoolExecutor(plan.workers, context) as pool:
+    with ProcessPoolExecutor(plan.workers, context, initializer=work_alone) as pool:
         yield from pool.map(work, wanted)
 
 
@@ -107,9 +110,6 @@ def attempt(plan: Plan, deadline: float, cell: Cell) -> Outcome | Left:
 def run_cell(plan: Plan, deadline: float, cell: Cell) -> Outcome:
     """Build, train, measure; or go on with the checkpoint, and pause again at the deadline."""
     name = method_name(cell.c, plan.hybrid)
-    if plan.machine.device == "cpu":
-        torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
     fabric, store, task = plan.machine.fabric(), Store(plan.out), load_task(plan.data, plan.hybrid is not None)
     seed_everything(cell.seed, verbose=False)
     method = method_of(plan, cell.c, task)
