@@ -19,7 +19,7 @@ from comparisons.methods import Density, Method, build, parameter_count
 from comparisons.results import Key, Result, Trial, cell_name
 from comparisons.settings import Budget, Machine
 from comparisons.tasks import Points, Task, load
-from comparisons.training import History, OnProgress, evaluating, log_likelihoods, ready, train
+from comparisons.training import History, OnProgress, evaluating, has_blocks, log_likelihoods, ready, train
 from iresflow_plugin.log_det import Omitted
 
 GRID = 150  # points a side of a heat map
@@ -127,8 +127,7 @@ def measured(cell: Cell, task: Task, density: Density, history: History, scores:
     likelihood = metrics.Estimate.of(scores, task.groups)
     rows = ready(task.test[: metrics.MEASURED_POINTS], density, fabric)
     distances, lost_samples = metrics.sample_distances(density, task, fabric)
-    has_blocks = metrics.has_blocks(density)
-    visits = diagnostics.visit_blocks(density, rows.x, rows.context) if has_blocks else []
+    visits = diagnostics.visit_blocks(density, rows.x, rows.context) if has_blocks(density) else []
     batch = ready(task.test[: cell.budget.batch or task.batch], density, fabric)
     return Result(
         task=task.name,
@@ -142,7 +141,7 @@ def measured(cell: Cell, task: Task, density: Density, history: History, scores:
         raw_log_likelihood=likelihood.mean + task.log_volume,
         bits_per_dimension=task.bits_per_dimension(likelihood.mean),
         bits_error=None if task.levels is None else likelihood.error * task.bits_per_nat,
-        log_det_error=metrics.log_det_error(density, rows, len(task.test)),
+        log_det_error=diagnostics.log_det_error(visits, task.features, len(task.test)),
         distances=distances,
         lost_samples=lost_samples,
         training_seconds=history.seconds[-1],

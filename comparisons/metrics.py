@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from lightning.fabric import Fabric
@@ -14,14 +13,12 @@ from torch import Tensor
 from comparisons.methods import Density
 from comparisons.statistics import over_points
 from comparisons.tasks import Points, Task
-from comparisons.training import BEYOND, EXACT_UP_TO, clock, evaluating, ready
+from comparisons.training import clock, evaluating, ready
 from comparisons.two_sample import DISTANCES, WithFloor, with_floor
-from iresflow_plugin import ResidualBlock
 from iresflow_plugin.log_det import Omitted
 
 MEASURED_POINTS = 256
 REPEATS = 3
-PROBES = 2
 COMPARED_POINTS = 2000  # samples whose distance to the data is taken
 
 
@@ -37,10 +34,6 @@ class Estimate:
         """Over independent points, or over independent groups of them."""
         found = over_points(values.double().cpu().numpy(), None if groups is None else groups.numpy())
         return cls(found.mean, found.error)
-
-
-def has_blocks(density: Density) -> bool:
-    return any(isinstance(module, ResidualBlock) for module in density.modules())
 
 
 def density_seconds(density: Density, points: Points, device: torch.device) -> float:
@@ -77,26 +70,6 @@ def sample_distances(density: Density, task: Task, fabric: Fabric) -> tuple[dict
 def together(points: Points) -> Tensor:
     x = points.x.flatten(1)
     return x if points.context is None else torch.cat([x, points.context.to(x)], dim=1)
-
-
-def log_det_error(density: Density, points: Points, scored: int | None = None) -> float:
-    """What the log-dets of residual blocks may add to the error of a mean over so many points like these; 0: exact.
-
-    Two standard errors of what is random, and a bound of what is truncated. The scatter between probes tells it, so
-    there are two here, and one where `evaluating` leaves it at its default.
-    """
-    if not has_blocks(density) or points.x[0].numel() <= EXACT_UP_TO:
-        return 0.0
-    from comparisons.diagnostics import visit_blocks  # which times its work by this module's functions
-
-    variance = remainder = 0.0
-    series = replace(BEYOND, probes=PROBES)
-    with evaluating(density, points.x[0].numel()):
-        for visit in visit_blocks(density, points.x, points.context):
-            estimate = series(visit.g, visit.x)
-            variance += PROBES * estimate.standard_error.double().square().mean().item()
-            remainder += estimate.remainder.double().mean().item()
-    return 2 * math.sqrt(variance / (scored or len(points))) + remainder
 
 
 def median_seconds(call: Callable[[], object], device: torch.device) -> float:

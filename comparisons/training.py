@@ -64,18 +64,22 @@ def evaluating(density: Density, features: int, log_det: LogDet | None = None) -
     """Eval mode and no graph; residual blocks use `log_det`, or by default the exact one where the event is small.
 
     Where it is large, they use a series as long as it takes, whatever they are trained with: its probes are unbiased
-    and its remainder is bounded. `metrics.log_det_error` says what both may amount to.
+    and its remainder is bounded. `diagnostics.log_det_error` says what both may amount to.
     """
     training = density.training
     if log_det is None and density.volume:
         log_det = Exact() if features <= EXACT_UP_TO else BEYOND
-    has_blocks = any(isinstance(module, ResidualBlock) for module in density.modules())
     density.eval()
     try:
-        with torch.no_grad(), using(density, log_det=log_det) if has_blocks else nullcontext():
+        with torch.no_grad(), using(density, log_det=log_det) if has_blocks(density) else nullcontext():
             yield
     finally:
         density.train(training)
+
+
+def has_blocks(density: nn.Module) -> bool:
+    """Whether residual blocks of ours are in it."""
+    return any(isinstance(module, ResidualBlock) for module in density.modules())
 
 
 def ready(points: Points, density: Density, fabric: Fabric) -> Points:
@@ -157,7 +161,9 @@ def train(
         optimizer.zero_grad()
         backward(model, part, how.accumulate, fabric)
         norm = fabric.clip_gradients(model, optimizer, max_norm=how.clip or math.inf, error_if_nonfinite=False)
-        if norm is None or torch.isfinite(norm):  # one batch on which a host overflows should not end its training
+        # One batch on which a host overflows should not end its training. A scaler of half precision leaves it out by
+        # itself, and must see it, or it would never lower its scale.
+        if norm is None or torch.isfinite(norm) or getattr(fabric.strategy.precision, "scaler", None) is not None:
             optimizer.step()
         if method.after_step is not None:
             method.after_step(density)
@@ -226,7 +232,7 @@ def weights_of(density: Density, average: dict[str, Tensor] | None) -> Iterator[
     if average is None:
         yield
         return
-    own = {name: value.detach().clone() for name, value in density.named_parameters()}
+    own = free_weights(density)
     density.load_state_dict(average, strict=False)
     try:
         yield
@@ -269,9 +275,9 @@ class State:
 
 
 def beginning(density: nn.Module, how: Optimisation) -> State:
-    weights = {name: value.detach().clone() for name, value in density.named_parameters()}
     return State(
-        best=snapshot(density) if how.keep == "best" else None, average=None if how.average is None else weights
+        best=snapshot(density) if how.keep == "best" else None,
+        average=None if how.average is None else free_weights(density),
     )
 
 
@@ -308,6 +314,11 @@ def load(path: Path, density: nn.Module, optimizer: torch.optim.Optimizer, gener
     if average is not None:  # beside the weights that it follows
         average = {name: value.to(weights.device) for name, value in average.items()}
     return State(content["best"], content["step"], content["seconds"], history, average)
+
+
+def free_weights(module: nn.Module) -> dict[str, Tensor]:
+    """A copy of what is trained: an average of these, unlike one of bounds and buffers, keeps every constraint."""
+    return {name: value.detach().clone() for name, value in module.named_parameters()}
 
 
 def snapshot(module: nn.Module) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from torch.autograd.functional import jacobian
 
 from comparisons.methods import METHODS, TWINS, Density, build, parameter_count, widest
 from comparisons.tasks.toys import TOYS
+from comparisons.training import has_blocks
 from iresflow_plugin import ResidualBlock, using
 from iresflow_plugin.log_det import Exact
 
@@ -85,8 +86,7 @@ def contexts(rows: int, context_features: int | None) -> Tensor | None:
 @contextmanager
 def exact(density: Density) -> Iterator[None]:
     """Every log-det without chance or truncation."""
-    has_blocks = any(isinstance(module, ResidualBlock) for module in density.modules())
-    with using(density, log_det=Exact()) if has_blocks else nullcontext():
+    with using(density, log_det=Exact()) if has_blocks(density) else nullcontext():
         yield
 
 
