@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 
+import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -271,3 +272,12 @@ def assert_close(actual: Tensor, expected: Tensor, relative: float, absolute: fl
     error = (actual.double() - expected.double()).abs().max().item()
     allowed = relative * expected.double().abs().max().item() + absolute
     assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}"
+
+
+def assert_slope(value: Callable[[Tensor], Tensor], at: Tensor, direction: Tensor, tolerance: float) -> None:
+    """autograd's derivative of value along a direction is that of central differences, to 1e-4 or `tolerance`."""
+    (grad,) = torch.autograd.grad(value(at), at)
+    with torch.no_grad():
+        h = 1e-6
+        slope = (value(at + h * direction) - value(at - h * direction)) / (2 * h)
+    assert (grad * direction).sum().item() == pytest.approx(slope.item(), rel=1e-4, abs=tolerance)

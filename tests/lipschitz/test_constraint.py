@@ -27,6 +27,7 @@ from iresflow_plugin.lipschitz import (
 from iresflow_plugin.nets import LipschitzMLP
 from tests.helpers import (
     assert_close,
+    assert_slope,
     certified_by_svd,
     dtypes,
     gentle_sine,
@@ -179,11 +180,7 @@ def test_gradients_match_finite_differences(constraint, seed, scale):
     def value(w: Tensor) -> Tensor:
         return (item(w) * probe).sum()
 
-    (grad,) = torch.autograd.grad(value(weight), weight)
-    with torch.no_grad():
-        h = 1e-6
-        slope = (value(weight + h * direction) - value(weight - h * direction)) / (2 * h)
-    assert (grad * direction).sum().item() == pytest.approx(slope.item(), rel=1e-4, abs=1e-6)
+    assert_slope(value, weight, direction, 1e-6)
 
 
 @every_constraint

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from comparisons.tasks import SUITES, DataNotFoundError, Task, load
+from comparisons.tasks import SUITES, DataNotFoundError, load
 from comparisons.tasks.images import ImageSet, load_images
 from comparisons.tasks.sources import VARIABLE
+from tests.comparisons.tasks.helpers import generator, loaded
 
 RANDOM = np.random.RandomState(0)
 MNIST = RANDOM.randint(0, 256, (6, 28, 28), np.uint8)
@@ -156,17 +157,6 @@ def test_the_images_that_everybody_knows(name: str, shape: tuple[int, ...]) -> N
 
 
 # tasks -----------------------------------------------------------------------------------------------
-
-
-def generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def loaded(name: str) -> Task:
-    try:
-        return load(name)
-    except DataNotFoundError as error:
-        pytest.skip(str(error))
 
 
 @pytest.mark.parametrize("name", SUITES["image"])

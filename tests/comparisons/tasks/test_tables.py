@@ -7,22 +7,12 @@ import pytest
 import torch
 from torch.distributions import MultivariateNormal
 
-from comparisons.tasks import SUITES, TASKS, DataNotFoundError, Task, load
+from comparisons.tasks import SUITES, TASKS, DataNotFoundError, load
 from comparisons.tasks.sources import load_arrays
 from comparisons.tasks.tables import first_of_each, random_split
+from tests.comparisons.tasks.helpers import generator, loaded
 
 FLAT = [name for name in TASKS if name not in SUITES["image"]]  # the others: test_images.py
-
-
-def generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def loaded(name: str) -> Task:
-    try:
-        return load(name)
-    except DataNotFoundError as error:
-        pytest.skip(str(error))
 
 
 @pytest.mark.parametrize("name", FLAT)

@@ -13,12 +13,9 @@ from torch import Tensor
 
 from comparisons.tasks import load
 from comparisons.tasks.toys import TOYS, BlurredCurve, Toy, rings
+from tests.comparisons.tasks.helpers import generator
 
 CURVES = {name: toy for name, toy in TOYS.items() if isinstance(toy, BlurredCurve)}
-
-
-def generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def nearest_neighbour_entropy(x: np.ndarray, k: int = 4) -> float:
