@@ -126,6 +126,10 @@ Tune = Annotated[
         help="Try each method's learning rates on each task first, in a third of the budget; validation decides.",
     ),
 ]
+RatesOf = Annotated[
+    Path | None,
+    typer.Option(help="Folder of a tuned run, whose learning rates are taken.", exists=True, file_okay=False),
+]
 Device = Annotated[str, typer.Option(help="cpu or cuda.", callback=available)]
 Precision = Annotated[str, typer.Option(help="As lightning Fabric calls it: 32-true, 64-true, bf16-mixed, 16-mixed.")]
 Devices = Annotated[int, typer.Option(min=1, help="Processes that share every training, one a device.")]
@@ -182,6 +186,7 @@ def run_(
     parameters: Parameters = None,
     batch: Batch = None,
     tune: Tune = False,
+    rates_of: RatesOf = None,
     device: Device = "cpu",
     precision: Precision = "32-true",
     devices: Devices = 1,
@@ -212,6 +217,7 @@ def run_(
         out,
         columns=tuple(context),
         tune=tune,
+        rates_of=rates_of,
         machine=Machine(device, precision, devices, nodes),
         workers=workers,
         fresh=fresh,

@@ -142,12 +142,13 @@ class Store:
         if fresh:
             self.clear()
         settings = json.loads(json.dumps(settings))  # as it will be read
-        if self.settings.is_file() and (old := json.loads(self.settings.read_text())) != settings:
-            changed = [
-                f"{name} was {old.get(name)!r} and is {settings.get(name)!r}"
-                for name in old | settings
-                if old.get(name) != settings.get(name)
-            ]
+        old = json.loads(self.settings.read_text()) if self.settings.is_file() else settings
+        changed = [
+            f"{name} was {old.get(name)!r} and is {settings.get(name)!r}"
+            for name in old | settings
+            if old.get(name) != settings.get(name)
+        ]
+        if changed:
             raise SettingsError(
                 f"{self.folder} holds a run with other settings: {'; '.join(changed)}. Take another folder, the same "
                 "settings, or --fresh to throw the old run away."
@@ -187,6 +188,17 @@ class Store:
 
     def add_trial(self, trial: Trial) -> None:
         append(self.trials, asdict(trial))
+
+    def take_trials(self, other: Store) -> None:
+        """Those of another run, unless some are here already.
+
+        Raises:
+            SettingsError: if the other run has none.
+        """
+        if not other.load_trials():
+            raise SettingsError(f"{other.folder} holds no learning rates; they are left by a run with --tune.")
+        if not self.trials.is_file():
+            shutil.copyfile(other.trials, self.trials)
 
     def load_trials(self) -> list[Trial]:
         return [Trial(**record) for record in records(self.trials)]

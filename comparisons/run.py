@@ -36,6 +36,7 @@ class Plan:
         budgets: of single tasks, where they differ from `budget`.
         tune: try every learning rate of a method's grid on every task, in a third of the budget with the first seed,
             and take the one with the best validation; else the method's own.
+        rates_of: the folder of a run whose choice is taken over, and tried no more.
         workers: cells that run side by side, each with one thread.
         fresh: throw away what is in the folder; else go on with it.
     """
@@ -48,6 +49,7 @@ class Plan:
     columns: tuple[str, ...] = ()
     budgets: dict[str, Budget] = field(default_factory=dict)
     tune: bool = False
+    rates_of: Path | None = None
     machine: Machine = field(default_factory=Machine)
     workers: int = 2
     fresh: bool = False
@@ -60,6 +62,7 @@ class Plan:
             "budget": asdict(self.budget),
             "budgets": {task: asdict(budget) for task, budget in self.budgets.items()},
             "tune": self.tune,
+            "rates_of": None if self.rates_of is None else str(self.rates_of),
             "columns": self.columns,
             "device": self.machine.device,
             "precision": self.machine.precision,
@@ -86,6 +89,8 @@ def run(plan: Plan, console: Console) -> int:
     try:
         if fabric.is_global_zero:
             store.start(plan.settings, plan.fresh)
+            if plan.rates_of is not None:
+                store.take_trials(Store(plan.rates_of))
     except SettingsError as error:
         console.print(f"[red]{error}[/]", highlight=False)
         return 1

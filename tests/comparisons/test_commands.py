@@ -65,6 +65,22 @@ def test_a_smoke_run_is_short_unless_steps_are_asked_for(asked: list[str], done:
     assert cell["steps"] == done
 
 
+def test_the_rates_of_a_tuned_run_are_taken(tmp_path: Path) -> None:
+    made = ["run", "--suite", "smoke", "--method", "made", "--workers", "1"]
+    code, output = run(*made, "--tune", "--out", str(tmp_path / "tuned"))
+    assert code == 0, output
+    again = [*made, "--rates-of", str(tmp_path / "tuned")]
+    code, output = run(*again, "--seconds", "0.1", "--out", str(tmp_path / "next"))
+    assert code == 0 and "validation" not in output, output  # nothing is tried again
+    first, second = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("tuned", "next"))
+    assert first["results"][0]["learning_rate"] == second["results"][0]["learning_rate"]
+    assert (tmp_path / "next" / "tuning.jsonl").read_text() == (tmp_path / "tuned" / "tuning.jsonl").read_text()
+
+    (tmp_path / "tuned" / "tuning.jsonl").unlink()
+    code, output = run(*again, "--out", str(tmp_path / "third"))
+    assert code == 1 and "holds no learning rates" in output
+
+
 def test_a_run_leaves_tables_json_and_report(tmp_path: Path) -> None:
     methods = ["nflows-maf", "nflows-maf-swapped", "ours"]
     options = [part for name in methods for part in ("--method", name)]
