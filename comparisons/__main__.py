@@ -135,6 +135,10 @@ Precision = Annotated[str, typer.Option(help="As lightning Fabric calls it: 32-t
 Devices = Annotated[int, typer.Option(min=1, help="Processes that share every training, one a device.")]
 Nodes = Annotated[int, typer.Option(min=1, help="Nodes that share every training; start the same command by torchrun.")]
 Workers = Annotated[int, typer.Option(min=1, help="Cells that run side by side, each with one thread.")]
+Piece = Annotated[
+    float | None,
+    typer.Option(min=1.0, help="Seconds after which to pause, with exit code 75; the same command goes on."),
+]
 Out = Annotated[Path, typer.Option(help="Folder of the run. The same command goes on with what is there.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Throw away what is in the folder.")]
 TensorBoard = Annotated[
@@ -192,6 +196,7 @@ def run_(
     devices: Devices = 1,
     nodes: Nodes = 1,
     workers: Workers = 2,
+    piece: Piece = None,
     out: Out = Path("run-results"),
     fresh: Fresh = False,
     tensorboard: TensorBoard = False,
@@ -220,6 +225,7 @@ def run_(
         rates_of=rates_of,
         machine=Machine(device, precision, devices, nodes),
         workers=workers,
+        piece=piece,
         fresh=fresh,
         tensorboard=tensorboard,
     )
@@ -340,9 +346,7 @@ def classify(
     clip: Annotated[float | None, typer.Option(help="Largest norm of a gradient.")] = None,
     accumulate: Annotated[int | None, typer.Option(min=1, help="Parts in which a batch is worked through.")] = None,
     compile_: Annotated[bool | None, typer.Option("--compile", help="By torch.compile.")] = None,
-    piece: Annotated[
-        float | None, typer.Option(min=1.0, help="Seconds after which to pause; the same command goes on.")
-    ] = None,
+    piece: Piece = None,
     device: Device = "cpu",
     precision: Precision = "32-true",
     workers: Workers = 1,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -46,6 +47,7 @@ class Cell:
         look_inside: measure error against cost of log-dets and inverses.
         checkpoint: a training that was broken off goes on from here.
         tensorboard: folder for its logs.
+        deadline: of `time.monotonic`, when the training pauses.
     """
 
     task: str
@@ -60,6 +62,12 @@ class Cell:
     look_inside: bool = False
     checkpoint: Path | None = None
     tensorboard: Path | None = None
+    deadline: float = math.inf
+
+    @property
+    def over(self) -> bool:
+        """Whether it is past its deadline."""
+        return time.monotonic() > self.deadline
 
     @property
     def weight(self) -> float:
@@ -112,6 +120,7 @@ def trained(cell: Cell, task: Task, fabric: Fabric, on_progress: OnProgress) -> 
         on_progress=on_progress,
         checkpoint=cell.checkpoint,
         logger=logger(cell, task),
+        pause=lambda: cell.over,
     )
     return density, history
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -13,17 +15,16 @@ from lightning.fabric import Fabric
 from rich.console import Console
 from rich.progress import Progress
 
-from comparisons.cells import Cell, loaded, task_arrays
+from comparisons.cells import Cell, key_of, loaded, task_arrays
 from comparisons.methods import Method
 from comparisons.provenance import provenance
 from comparisons.report import terminal_tables, write_markdown, write_report
 from comparisons.results import Failure, Result, SettingsError, Store, Trial
-from comparisons.settings import Budget, Machine
+from comparisons.settings import INTERRUPTED, PAUSED, Budget, Machine
 from comparisons.tables import PROGRESS_COLUMNS, print_wide
 from comparisons.tasks import Task, is_file
-from comparisons.workers import Outcome, in_turn, side_by_side
+from comparisons.workers import Left, Outcome, in_turn, side_by_side
 
-INTERRUPTED = 130  # what a shell calls an end by Ctrl-C
 INSIDE = "ours"  # the method that is looked into
 
 
@@ -38,6 +39,7 @@ class Plan:
             and take the one with the best validation; else the method's own.
         rates_of: the folder of a run whose choice is taken over, and tried no more.
         workers: cells that run side by side, each with one thread.
+        piece: seconds after which the run pauses, to go on when it is started again; None for never.
         fresh: throw away what is in the folder; else go on with it.
     """
 
@@ -52,6 +54,7 @@ class Plan:
     rates_of: Path | None = None
     machine: Machine = field(default_factory=Machine)
     workers: int = 2
+    piece: float | None = None
     fresh: bool = False
     tensorboard: bool = False
 
@@ -74,7 +77,7 @@ class Plan:
 
 
 def run(plan: Plan, console: Console) -> int:
-    """Run what is not yet done; the exit code: 0, 1 if a cell failed or nothing could be run, 130 after Ctrl-C.
+    """Run what is not yet done; the exit code: 0, 1 if a cell failed or nothing could be run, 75 paused, 130 Ctrl-C.
 
     Whatever happens, the finished cells are on disk, printed and reported.
     """
@@ -99,16 +102,18 @@ def run(plan: Plan, console: Console) -> int:
     if not tasks:
         console.print("[red]No task is left to run.[/]")
         return 1
-    interrupted = False
+    interrupted, left = False, 0
     try:
-        run_cells(plan, tasks, store, fabric, console)
+        left = run_cells(plan, tasks, store, fabric, console)
     except KeyboardInterrupt:
         interrupted = True
         console.print("[yellow]Interrupted.[/] What was finished is kept; the same command goes on from here.")
     results, failures, _ = store.load()
     if fabric.is_global_zero:
         finish(store, results, failures, console)
-    return INTERRUPTED if interrupted else int(bool(failures))
+    if interrupted:
+        return INTERRUPTED
+    return 1 if failures else PAUSED if left else 0
 
 
 def load_tasks(plan: Plan, console: Console) -> dict[str, Task]:
@@ -125,32 +130,39 @@ def load_tasks(plan: Plan, console: Console) -> dict[str, Task]:
     return tasks
 
 
-def run_cells(plan: Plan, tasks: dict[str, Task], store: Store, fabric: Fabric, console: Console) -> None:
-    """Try learning rates, then run the cells; each is on disk as soon as it is done, and not run again."""
+def run_cells(plan: Plan, tasks: dict[str, Task], store: Store, fabric: Fabric, console: Console) -> int:
+    """Try learning rates, then run the cells; each is on disk as soon as it is done, and not run again.
+
+    Returns how many are left for another piece.
+    """
+    deadline = math.inf if plan.piece is None else time.monotonic() + plan.piece
     if fabric.is_global_zero:
         for task in tasks.values():
             store.add_arrays(task.name, task_arrays(task))
     pairs = [(name, method) for name in tasks for method in plan.methods if takes(tasks[name], method, console)]
-    trials = list(wanted_trials(plan, tasks, pairs, store)) if plan.tune else []
+    trials = list(wanted_trials(plan, tasks, pairs, store, deadline)) if plan.tune else []
     wanted = wanted_cells(plan, tasks, pairs, store, console)
     fabric.barrier()  # all processes have read the same
     information = {**provenance(), "workers": f"{plan.workers}, one thread each"}  # now: files may change under a run
+    left = 0
     with bar(sum(cell.weight for cell in trials) + len(wanted), console) as (progress, advance):
         for outcome in outcomes(plan, trials, fabric, advance):
-            note(outcome, information, store, fabric, progress)
+            left += note(outcome, information, store, fabric, progress)
         fabric.barrier()  # what the first process wrote, all may read
         rates = best_rates(store.load_trials())
-        finals = [final(plan, tasks[name], name, method, seed, rates, store) for name, method, seed in wanted]
+        finals = [final(plan, tasks[name], name, method, seed, rates, store, deadline) for name, method, seed in wanted]
         before = sum(cell.weight for cell in trials)
         for outcome in outcomes(plan, finals, fabric, lambda done: advance(before + done)):
-            note(outcome, information, store, fabric, progress)
+            left += note(outcome, information, store, fabric, progress)
+    return left
 
 
-def note(outcome: Outcome, information: dict[str, Any], store: Store, fabric: Fabric, progress: Progress) -> None:
-    """On disk and on the terminal, by the first process."""
+def note(outcome: Outcome, information: dict[str, Any], store: Store, fabric: Fabric, progress: Progress) -> bool:
+    """On disk and on the terminal, by the first process; returns whether the cell is left for another piece."""
     if fabric.is_global_zero:
         keep(outcome, store, information)
         progress.console.print(sentence(outcome), highlight=False, soft_wrap=True)
+    return isinstance(outcome.found, Left)
 
 
 def wanted_cells(
@@ -178,13 +190,13 @@ def takes(task: Task, method: Method, console: Console) -> bool:
 
 
 def wanted_trials(
-    plan: Plan, tasks: dict[str, Task], pairs: Iterable[tuple[str, Method]], store: Store
+    plan: Plan, tasks: dict[str, Task], pairs: Iterable[tuple[str, Method]], store: Store, deadline: float
 ) -> Iterator[Cell]:
     tried = {(trial.task, trial.method, trial.learning_rate) for trial in store.load_trials()}
     for name, method in pairs:
         for rate in method.grid:
             if (tasks[name].name, method.name, rate) not in tried:
-                yield plan.cell(name, method, plan.seeds[0], rate, trial=True)
+                yield plan.cell(name, method, plan.seeds[0], rate, trial=True, deadline=deadline)
 
 
 def best_rates(trials: Iterable[Trial]) -> dict[tuple[str, str], float]:
@@ -198,7 +210,14 @@ def best_rates(trials: Iterable[Trial]) -> dict[tuple[str, str], float]:
 
 
 def final(
-    plan: Plan, task: Task, name: str, method: Method, seed: int, rates: dict[tuple[str, str], float], store: Store
+    plan: Plan,
+    task: Task,
+    name: str,
+    method: Method,
+    seed: int,
+    rates: dict[tuple[str, str], float],
+    store: Store,
+    deadline: float,
 ) -> Cell:
     first = seed == plan.seeds[0]
     return plan.cell(
@@ -210,6 +229,7 @@ def final(
         look_inside=first and method.name == INSIDE,
         checkpoint=store.checkpoint((task.name, method.name, seed)),
         tensorboard=store.folder / "tensorboard" if plan.tensorboard else None,
+        deadline=deadline,
     )
 
 
@@ -229,6 +249,8 @@ def bar(total: float, console: Console) -> Iterator[tuple[Progress, Any]]:
 
 def keep(outcome: Outcome, store: Store, information: dict[str, Any]) -> None:
     found = outcome.found
+    if isinstance(found, Left):
+        return
     if isinstance(found, Trial):
         store.add_trial(found)
         return
@@ -254,7 +276,10 @@ def finish(store: Store, results: list[Result], failures: list[Failure], console
 def sentence(outcome: Outcome) -> str:
     """What is printed when a cell is done."""
     found, cell = outcome.found, outcome.cell
-    head = f"{found.task:<16}{found.method:<28}"
+    name, method, _ = key_of(cell)
+    head = f"{name:<16}{method:<28}"
+    if isinstance(found, Left):
+        return f"{head}seed {cell.seed}  {found.words}; the same command goes on"
     if isinstance(found, Failure):
         return f"{head}seed {found.seed}  failed: {found.error}"
     if isinstance(found, Trial):

@@ -10,6 +10,9 @@ from typing import Literal, get_args
 import torch
 from lightning.fabric import Fabric
 
+INTERRUPTED = 130  # exit code: what a shell calls an end by Ctrl-C
+PAUSED = 75  # exit code: what a shell calls a failure that another try may mend
+
 Optimizer = Literal["adam", "adamax", "sgd"]
 Schedule = Literal["cosine", "steps", "constant"]
 Keep = Literal["best", "last"]

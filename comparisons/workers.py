@@ -18,9 +18,16 @@ from lightning.fabric import Fabric
 
 from comparisons.cells import Arrays, Cell, Work, key_of, run_cell, run_trial
 from comparisons.results import Failure, Result, Trial
-from comparisons.training import OnProgress
+from comparisons.training import OnProgress, PausedError
 
 LOOK_AGAIN = 0.2  # seconds between two looks at the workers
+
+
+@dataclass(frozen=True)
+class Left:
+    """A cell that is not finished, and that the same command goes on with."""
+
+    words: str
 
 
 @dataclass(frozen=True)
@@ -28,17 +35,21 @@ class Outcome:
     """What became of a cell."""
 
     cell: Cell
-    found: Result | Trial | Failure
+    found: Result | Trial | Failure | Left
     arrays: Arrays = field(default_factory=dict)
     work: Work = field(default_factory=dict)
 
 
 def attempt(cell: Cell, fabric: Fabric, on_progress: OnProgress) -> Outcome:
     """Run a cell; what goes wrong in it becomes a `Failure`, so that the others go on."""
+    if cell.over:
+        return Outcome(cell, Left("not begun in this piece"))
     try:
         if cell.trial:
             return Outcome(cell, run_trial(cell, fabric, on_progress))
         return Outcome(cell, *run_cell(cell, fabric, on_progress))
+    except PausedError as paused:
+        return Outcome(cell, Left(str(paused)))
     except Exception as error:  # whatever a host may throw
         return failed(cell, f"{type(error).__name__}: {error}")
 

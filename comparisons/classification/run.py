@@ -25,12 +25,12 @@ from comparisons.classification.tasks import CLASSES, load_task
 from comparisons.methods import Method, build, parameter_count
 from comparisons.provenance import provenance
 from comparisons.results import SettingsError, Store, append
+from comparisons.settings import PAUSED
 from comparisons.tables import print_wide
 from comparisons.tasks import Points, Task
 from comparisons.training import PausedError, log_likelihoods, ready, train
 from comparisons.workers import work_alone
 
-PAUSED = 75  # what a shell calls a failure that another try may mend
 SHOWN = 10  # images in the picture
 
 

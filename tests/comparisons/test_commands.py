@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from comparisons.__main__ import app
 from comparisons.methods import METHODS
+from comparisons.settings import PAUSED
 
 Command = Callable[..., "subprocess.Popen[str]"]
 
@@ -79,6 +80,23 @@ def test_the_rates_of_a_tuned_run_are_taken(tmp_path: Path) -> None:
     (tmp_path / "tuned" / "tuning.jsonl").unlink()
     code, output = run(*again, "--out", str(tmp_path / "third"))
     assert code == 1 and "holds no learning rates" in output
+
+
+def test_a_run_in_pieces_ends_with_the_same_numbers(tmp_path: Path) -> None:
+    wanted = ["run", "--task", "two-moons", "--method", "made", "--method", "nice", "--steps", "400", "--workers", "1"]
+    code, output = run(*wanted, "--out", str(tmp_path / "whole"))
+    assert code == 0, output
+    for _ in range(20):
+        code, output = run(*wanted, "--piece", "1", "--out", str(tmp_path / "pieces"))
+        if code != PAUSED:
+            break
+        assert "the same command goes on" in output
+    else:
+        pytest.fail("20 pieces of a second were not enough for 800 steps")
+    assert code == 0, output
+    whole, pieces = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("whole", "pieces"))
+    for one, other in zip(whole["results"], pieces["results"], strict=True):
+        assert (one["method"], one["log_likelihood"]) == (other["method"], other["log_likelihood"])
 
 
 def test_a_run_leaves_tables_json_and_report(tmp_path: Path) -> None:
