@@ -398,6 +398,11 @@ def classify(
 @app.command()
 def bench(
     quick: Annotated[bool, typer.Option("--quick", help="A smoke test: tiny sizes, numbers without meaning.")] = False,
+    kind: Annotated[
+        list[str],
+        typer.Option("--kind", help="Repeatable: vectors or images.", callback=known("kind", ("vectors", "images"))),
+    ] = ["vectors", "images"],  # noqa: B006
+    batch: Annotated[int | None, typer.Option(min=1, help="Points or images in a step; by default 256 and 32.")] = None,
     seed: Annotated[int, typer.Option(help="The torch seed.")] = 0,
     device: Device = "cpu",
     out: Annotated[Path, typer.Option(help="Folder for bench.json and bench.md.")] = Path("bench-results"),
@@ -409,8 +414,11 @@ def bench(
     from comparisons import speed
     from comparisons.bench import bench as run_bench
 
-    settings = speed.QUICK if quick else speed.FULL
-    run_bench(replace(settings, device=torch.device(device)), seed, out, console)
+    settings = replace(speed.FULL, device=torch.device(device))
+    settings = settings.smaller() if quick else settings
+    if batch is not None:
+        settings = replace(settings, batch=batch, image_batch=batch)
+    run_bench(settings, kind, seed, out, console)
 
 
 @app.command()

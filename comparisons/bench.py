@@ -3,34 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.fabric import seed_everything
 from rich.console import Console
 from rich.progress import Progress
 
+from comparisons import speed, speed_images
 from comparisons.methods import BLOCKS
 from comparisons.provenance import provenance
-from comparisons.speed import (
-    LIPSCHITZ,
-    SCALE,
-    CertificateCost,
-    Settings,
-    Throughput,
-    Versus,
-    certificate_cost,
-    side_by_side,
-    throughputs,
-)
+from comparisons.speed import LIPSCHITZ, SCALE, CertificateCost, Settings, Throughput, Versus
 from comparisons.tables import PROGRESS_COLUMNS, Columns, markdown_table, print_wide, rich_table
 
 VERSUS_COLUMNS: Columns[Versus] = {
     "quantity": lambda row: row.quantity,
-    "D": lambda row: str(row.features),
+    "size": lambda row: row.size,
     "unit": lambda row: row.unit,
     "ours": lambda row: f"{row.ours:.3g}",
     "normflows": lambda row: f"{row.theirs:.3g}",
@@ -51,7 +43,7 @@ THROUGHPUT_COLUMNS: Columns[Throughput] = {
 }
 
 CERTIFICATE_COLUMNS: Columns[CertificateCost] = {
-    "D": lambda row: str(row.features),
+    "size": lambda row: row.size,
     "constrained (ms)": lambda row: f"{1e3 * row.constrained:.1f}",
     "free (ms)": lambda row: f"{1e3 * row.free:.1f}",
     "cost of the certificate": lambda row: f"{row.percent:+.0f} %",
@@ -59,39 +51,71 @@ CERTIFICATE_COLUMNS: Columns[CertificateCost] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Part:
     """One table of the bench: a measurement for events of one size, repeated over sizes."""
 
     name: str
     title: str
     columns: Columns
-    measure: Callable[[int, Settings], list]
+    measure: Callable[[Any, Settings], list]
+    sizes: Callable[[Settings], Sequence[Any]]
 
 
-PARTS = (
+VECTORS = (
     Part(
         "side_by_side",
         "Our block beside normflows' Residual(LipschitzMLP): the same sizes, the constraint binding",
         VERSUS_COLUMNS,
-        side_by_side,
+        speed.side_by_side,
+        lambda settings: settings.features,
     ),
-    Part("throughput", "Hosts' own flows at equal parameters", THROUGHPUT_COLUMNS, throughputs),
-    Part("certificate", "What the certificate adds to a training step", CERTIFICATE_COLUMNS, certificate_cost),
+    Part(
+        "throughput",
+        "Hosts' own flows at equal parameters",
+        THROUGHPUT_COLUMNS,
+        speed.throughputs,
+        lambda settings: settings.features,
+    ),
+    Part(
+        "certificate",
+        "What the certificate adds to a training step",
+        CERTIFICATE_COLUMNS,
+        speed.certificate_cost,
+        lambda settings: settings.features,
+    ),
 )
+IMAGES = (
+    Part(
+        "side_by_side_images",
+        "Images: our block beside normflows' Residual(LipschitzCNN), the same sizes, the constraint binding",
+        VERSUS_COLUMNS,
+        speed_images.side_by_side,
+        lambda settings: settings.images,
+    ),
+    Part(
+        "certificate_images",
+        "Images: what the certificate adds to a training step",
+        CERTIFICATE_COLUMNS,
+        speed_images.certificate_cost,
+        lambda settings: (*settings.images, *settings.wide_images),
+    ),
+)
+KINDS = {"vectors": VECTORS, "images": IMAGES}
 
 
-def bench(settings: Settings, seed: int, out: Path, console: Console) -> None:
+def bench(settings: Settings, kinds: Sequence[str], seed: int, out: Path, console: Console) -> None:
     """Measure every part at every size; print the tables, and write `bench.json` and `bench.md` to `out`."""
     out.mkdir(parents=True, exist_ok=True)
-    measured: dict[str, list] = {part.name: [] for part in PARTS}
-    jobs = [(features, part) for features in settings.features for part in PARTS]
+    parts = [part for kind in kinds for part in KINDS[kind]]
+    measured: dict[Part, list] = {part: [] for part in parts}
+    jobs = [(size, part) for part in parts for size in part.sizes(settings)]
     with Progress(*PROGRESS_COLUMNS, console=console) as progress, alike():
-        for features, part in progress.track(jobs, description="bench"):
+        for size, part in progress.track(jobs, description="bench"):
             seed_everything(seed, verbose=False)
-            measured[part.name] += part.measure(features, settings)
+            measured[part] += part.measure(size, settings)
             write(out, measured, settings)
-    print_wide(console, [rich_table(part.title, part.columns, measured[part.name]) for part in PARTS])
+    print_wide(console, [rich_table(part.title, part.columns, rows) for part, rows in measured.items()])
     console.print(f"Written: {out / 'bench.json'} and {out / 'bench.md'}", highlight=False)
 
 
@@ -108,24 +132,26 @@ def alike() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def write(out: Path, measured: dict[str, list], settings: Settings) -> None:
+def write(out: Path, measured: dict[Part, list], settings: Settings) -> None:
     """What is measured so far, as JSON and as Markdown."""
     run = provenance()
     content = {
         "run": run,
         "settings": describe(settings),
-        **{name: [asdict(row) for row in rows] for name, rows in measured.items()},
+        **{part.name: [asdict(row) for row in rows] for part, rows in measured.items()},
     }
     (out / "bench.json").write_text(json.dumps(content, indent=1) + "\n")
     how = "\n".join(f"- {name}: {as_text(value)}" for name, value in {**run, "settings": describe(settings)}.items())
-    tables = [f"## {part.title}\n\n{markdown_table(part.columns, measured[part.name])}" for part in PARTS]
+    tables = [f"## {part.title}\n\n{markdown_table(part.columns, rows)}" for part, rows in measured.items()]
     (out / "bench.md").write_text("\n\n".join(["# Bench", how, *tables]) + "\n")
 
 
 def describe(settings: Settings) -> dict[str, object]:
     """The settings and what all sizes share, as text and numbers."""
-    common = {"blocks": BLOCKS, "lipschitz": LIPSCHITZ, "weights scaled by": SCALE}
-    return {**asdict(settings), "device": str(settings.device), **common}
+    common = {"blocks": BLOCKS, "blocks on images": speed_images.BLOCKS}
+    common |= {"lipschitz": LIPSCHITZ, "weights scaled by": SCALE}
+    sizes = {name: [str(size) for size in getattr(settings, name)] for name in ("images", "wide_images")}
+    return {**asdict(settings), **sizes, "device": str(settings.device), **common}
 
 
 def as_text(value: object) -> str:

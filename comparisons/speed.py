@@ -42,6 +42,26 @@ Call = Callable[[], object]
 
 
 @dataclass(frozen=True)
+class ImageSize:
+    """Images, and the branches on them: channels -> hidden -> hidden -> channels by kernels of 3, 1 and 3."""
+
+    channels: int
+    side: int
+    hidden: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.channels, self.side, self.side
+
+    def __str__(self) -> str:
+        return f"{self.channels}x{self.side}x{self.side}, {self.hidden} hidden"
+
+
+USUAL_IMAGES = (ImageSize(1, 28, 32), ImageSize(12, 16, 64), ImageSize(48, 16, 64), ImageSize(3, 32, 64))
+WIDE_IMAGES = (ImageSize(12, 16, 512), ImageSize(48, 8, 512))
+
+
+@dataclass(frozen=True)
 class Settings:
     """How large the run is."""
 
@@ -49,11 +69,20 @@ class Settings:
     repeats: int
     width: int = 128
     batch: int = 256
+    images: tuple[ImageSize, ...] = USUAL_IMAGES
+    wide_images: tuple[ImageSize, ...] = WIDE_IMAGES  # for the certificate alone
+    image_batch: int = 32
     device: torch.device = CPU
+
+    def smaller(self) -> Settings:
+        """A smoke test: its numbers mean nothing."""
+        tiny = ImageSize(2, 4, 4)
+        return replace(
+            self, features=(3,), repeats=1, width=16, batch=16, images=(tiny,), wide_images=(tiny,), image_batch=4
+        )
 
 
 FULL = Settings((2, 6, 21, 63), repeats=15)
-QUICK = Settings((3,), repeats=1, width=16, batch=16)  # a smoke test: its numbers mean nothing
 
 
 # rows ------------------------------------------------------------------------------------------------
@@ -63,7 +92,7 @@ QUICK = Settings((3,), repeats=1, width=16, batch=16)  # a smoke test: its numbe
 class Versus:
     """One quantity on both sides; `allowed` is the largest ratio that was promised, None where nothing was."""
 
-    features: int
+    size: str
     quantity: str
     unit: str
     ours: float
@@ -92,7 +121,7 @@ class Throughput:
 class CertificateCost:
     """A training step with the constraint and with the same weights left free."""
 
-    features: int
+    size: str
     constrained: float
     free: float
 
@@ -134,7 +163,7 @@ def side_by_side(features: int, settings: Settings) -> list[Versus]:
     def add(
         quantity: str, sides: Sequence[float], allowed: float | None = None, unit: str = "ms", factor: float = 1e3
     ) -> None:
-        rows.append(Versus(features, quantity, unit, sides[0] * factor, sides[1] * factor, allowed))
+        rows.append(Versus(str(features), quantity, unit, sides[0] * factor, sides[1] * factor, allowed))
 
     our_step, their_step = training_step(ours, data), training_step(theirs, data)
 
@@ -285,15 +314,20 @@ def freed(density: Density) -> Density:
     for layer in layers:
         parametrized = layer.parametrizations.weight
         parametrized.original.data = layer.weight.detach()
-        parametrized[0] = Free(parametrized[0].lipschitz)
+        free = Free(parametrized[0].lipschitz)
+        free.convolution = parametrized[0].convolution
+        parametrized[0] = free
     return density
 
 
 def certificate_cost(features: int, settings: Settings) -> list[CertificateCost]:
     data = torch.randn(settings.batch, features, device=settings.device)
-    density = our_flow(features, settings.width).to(settings.device)
+    return [cost_of_certificate(str(features), our_flow(features, settings.width).to(data), data, settings)]
+
+
+def cost_of_certificate(size: str, density: Density, data: Tensor, settings: Settings) -> CertificateCost:
     steps = [training_step(side, data) for side in (density, freed(density))]
-    return [CertificateCost(features, *interleaved(steps, repeats=settings.repeats, device=settings.device))]
+    return CertificateCost(size, *interleaved(steps, repeats=settings.repeats, device=settings.device))
 
 
 # measuring -------------------------------------------------------------------------------------------

@@ -38,7 +38,9 @@ class NflowsDensity(Density):
         return self.flow._transform.inverse(z, *self.given(len(z), context))[0]  # nflows has no public name for it
 
 
-def normflows_flow(features: int, flows: Sequence[nn.Module], context_features: int | None = None) -> nn.Module:
+def normflows_flow(
+    features: int | tuple[int, ...], flows: Sequence[nn.Module], context_features: int | None = None
+) -> nn.Module:
     """`flows[0]` is the one next to the noise."""
     model = normflows.NormalizingFlow if context_features is None else normflows.ConditionalNormalizingFlow
     return model(normflows.distributions.DiagGaussian(features, trainable=False), flows)

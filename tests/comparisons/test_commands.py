@@ -378,7 +378,9 @@ def test_bench_quick(tmp_path: Path) -> None:
     assert "training step" in output and "cost of the certificate" in output
     content = json.loads((tmp_path / "bench.json").read_text())
     assert {row["method"] for row in content["throughput"]} >= {"ours", "nflows-realnvp", "normflows-glow"}
-    assert all(row["ours"] > 0 and row["theirs"] > 0 for row in content["side_by_side"])
+    for part in ("side_by_side", "side_by_side_images"):
+        assert all(row["ours"] > 0 and row["theirs"] > 0 for row in content[part])
+    assert [row["size"] for row in content["certificate_images"]] == ["2x4x4, 4 hidden"] * 2
     assert "| quantity" in (tmp_path / "bench.md").read_text()
 
 
