@@ -14,6 +14,7 @@ from comparisons.statistics import Interval, Verdict, over_points, over_seeds, p
 from comparisons.two_sample import WithFloor
 
 OURS = "ours"
+LOST = -1e6  # nats: a score below is an overflow in a single point, beside which a mean says nothing of the others
 
 Scores = Mapping[Key, np.ndarray]  # of every cell, the test log-likelihood point by point
 Number = Callable[[Result], float | None]
@@ -40,7 +41,7 @@ class Standing:
     rank: int  # 1 is best; equal means share a rank
     results: Sequence[Result]  # by seed
     failed: int  # seeds that ended in an error
-    score: Interval  # over seeds, or over test points where there is one seed; NaN where a score is not finite
+    score: Interval  # over seeds, or over test points where there is one seed; NaN where a point is lost
     gap: Gap | None  # ours minus this one; None for ours, and where ours was not run
 
     @property
@@ -122,7 +123,7 @@ def ahead(a: Interval, b: Interval) -> bool:
 
 
 def score(results: Sequence[Result], scores: Scores, groups: np.ndarray | None) -> Interval:
-    if not finite(results, scores):
+    if not sound(results, scores):
         return Interval(math.nan, math.nan, 1)
     runs = stacked(results, scores)
     return over_seeds(runs) if len(runs) > 1 else over_points(runs, groups)
@@ -131,7 +132,7 @@ def score(results: Sequence[Result], scores: Scores, groups: np.ndarray | None) 
 def gap(ours: Sequence[Result], theirs: Sequence[Result], scores: Scores, groups: np.ndarray | None) -> Gap:
     """Ours minus theirs on the seeds that both have."""
     common = {result.seed for result in ours} & {result.seed for result in theirs}
-    if not (finite(ours, scores) and finite(theirs, scores)):
+    if not (sound(ours, scores) and sound(theirs, scores)):
         return Gap(None, len(common), "diverged")
     if not common:
         return Gap(None, 0, "no common seed")
@@ -139,8 +140,8 @@ def gap(ours: Sequence[Result], theirs: Sequence[Result], scores: Scores, groups
     return Gap(paired(a, b, groups).both if len(common) > 1 else over_points(a - b, groups), len(common))
 
 
-def finite(results: Sequence[Result], scores: Scores) -> bool:
-    return all(np.isfinite(scores[result.key]).all() for result in results)
+def sound(results: Sequence[Result], scores: Scores) -> bool:
+    return all((np.isfinite(scores[result.key]) & (scores[result.key] > LOST)).all() for result in results)
 
 
 def stacked(results: Sequence[Result], scores: Scores) -> np.ndarray:

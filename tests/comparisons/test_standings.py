@@ -74,7 +74,7 @@ def test_only_common_seeds_are_compared() -> None:
     assert found["nice"].gap == Gap(None, 0, "no common seed")
 
 
-@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf, -1e17])
 def test_who_diverged_ranks_last_and_is_left_open(broken: float) -> None:
     results, scores = cells(THREE)
     scores["t", "nice", 1][3] = broken
