@@ -234,7 +234,8 @@ def overall(opponents: Sequence[Opponent]) -> Tally:
 # what they mean --------------------------------------------------------------------------------------
 
 MEANING = {
-    "rank": "By mean test log-likelihood; equal means share a rank, methods that diverged (a test point without a finite score, or a million nats below) are last.",
+    "rank": "By mean test log-likelihood; equal means share a rank. Last are those that diverged: a test point "
+    "without a finite score, or with one below a million nats.",
     SCORE: "Mean over the test points, then over seeds, ± its standard error over seeds. The data are preprocessed as "
     "said at the end. Higher is better.",
     "ours − theirs (nats)": "Paired on the same test points and the same seeds, ± the standard error of the "

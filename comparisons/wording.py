@@ -17,7 +17,9 @@ def outcome(standings: Sequence[Standing]) -> str:
     if ours is None:
         return ""
     if ours.diverged:
-        return "Ours diverged: some of its scores are not finite or below a million nats, so all differences are left open."
+        return (
+            "Ours diverged: a test point has no finite score, or one below a million nats; differences are left open."
+        )
     others = [standing for standing in standings if standing.gap is not None]
     if not others:
         return "Ours ran alone."
