@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +20,7 @@ from typer.testing import CliRunner
 from comparisons.__main__ import app
 from comparisons.methods import METHODS
 from comparisons.settings import PAUSED
+from comparisons.tasks.sources import REPOSITORY
 
 Command = Callable[..., "subprocess.Popen[str]"]
 
@@ -382,6 +385,23 @@ def test_bench_quick(tmp_path: Path) -> None:
         assert all(row["ours"] > 0 and row["theirs"] > 0 for row in content[part])
     assert [row["size"] for row in content["certificate_images"]] == ["2x4x4, 4 hidden"] * 2
     assert "| quantity" in (tmp_path / "bench.md").read_text()
+
+
+def test_the_script_for_a_gpu(tmp_path: Path) -> None:
+    """On the CPU, with the least to do."""
+
+    def script(*arguments: str) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "DEVICE": "cpu", "OUT": str(tmp_path), "PYTHONPATH": str(REPOSITORY)}
+        path = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"  # `python` is this one
+        line = ["bash", "comparisons/gpu.sh", *arguments]
+        return subprocess.run(line, env={**environment, "PATH": path}, cwd=REPOSITORY, capture_output=True, text=True)
+
+    done = script("bench", "--quick", "--kind", "images")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads((tmp_path / "bench" / "bench.json").read_text())["side_by_side_images"]
+    paused = script("classify", "--data", "digits", "--size", "smoke", "--seconds", "30", "--piece", "1")
+    assert paused.returncode == PAUSED, paused.stdout + paused.stderr
+    assert script("nothing").returncode == 2
 
 
 def test_property_kit_names_what_is_sound_and_what_is_not(tmp_path):
