@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -39,7 +38,7 @@ class Plan:
             and take the one with the best validation; else the method's own.
         rates_of: the folder of a run whose choice is taken over, and tried no more.
         workers: cells that run side by side, each with one thread.
-        piece: seconds after which the run pauses, to go on when it is started again; None for never.
+        deadline: of `time.monotonic`, when the run pauses, to go on when it is started again.
         fresh: throw away what is in the folder; else go on with it.
     """
 
@@ -54,7 +53,7 @@ class Plan:
     rates_of: Path | None = None
     machine: Machine = field(default_factory=Machine)
     workers: int = 2
-    piece: float | None = None
+    deadline: float = math.inf
     fresh: bool = False
     tensorboard: bool = False
 
@@ -72,8 +71,8 @@ class Plan:
         }
 
     def cell(self, task: str, method: Method, seed: int, rate: float, **more: Any) -> Cell:
-        budget = self.budgets.get(task, self.budget)
-        return Cell(task, self.columns if is_file(task) else (), method, seed, rate, budget, self.machine, **more)
+        columns, budget = self.columns if is_file(task) else (), self.budgets.get(task, self.budget)
+        return Cell(task, columns, method, seed, rate, budget, self.machine, deadline=self.deadline, **more)
 
 
 def run(plan: Plan, console: Console) -> int:
@@ -135,12 +134,11 @@ def run_cells(plan: Plan, tasks: dict[str, Task], store: Store, fabric: Fabric, 
 
     Returns how many are left for another piece.
     """
-    deadline = math.inf if plan.piece is None else time.monotonic() + plan.piece
     if fabric.is_global_zero:
         for task in tasks.values():
             store.add_arrays(task.name, task_arrays(task))
     pairs = [(name, method) for name in tasks for method in plan.methods if takes(tasks[name], method, console)]
-    trials = list(wanted_trials(plan, tasks, pairs, store, deadline)) if plan.tune else []
+    trials = list(wanted_trials(plan, tasks, pairs, store)) if plan.tune else []
     wanted = wanted_cells(plan, tasks, pairs, store, console)
     fabric.barrier()  # all processes have read the same
     information = {**provenance(), "workers": f"{plan.workers}, one thread each"}  # now: files may change under a run
@@ -150,7 +148,7 @@ def run_cells(plan: Plan, tasks: dict[str, Task], store: Store, fabric: Fabric, 
             left += note(outcome, information, store, fabric, progress)
         fabric.barrier()  # what the first process wrote, all may read
         rates = best_rates(store.load_trials())
-        finals = [final(plan, tasks[name], name, method, seed, rates, store, deadline) for name, method, seed in wanted]
+        finals = [final(plan, tasks[name], name, method, seed, rates, store) for name, method, seed in wanted]
         before = sum(cell.weight for cell in trials)
         for outcome in outcomes(plan, finals, fabric, lambda done: advance(before + done)):
             left += note(outcome, information, store, fabric, progress)
@@ -190,13 +188,13 @@ def takes(task: Task, method: Method, console: Console) -> bool:
 
 
 def wanted_trials(
-    plan: Plan, tasks: dict[str, Task], pairs: Iterable[tuple[str, Method]], store: Store, deadline: float
+    plan: Plan, tasks: dict[str, Task], pairs: Iterable[tuple[str, Method]], store: Store
 ) -> Iterator[Cell]:
     tried = {(trial.task, trial.method, trial.learning_rate) for trial in store.load_trials()}
     for name, method in pairs:
         for rate in method.grid:
             if (tasks[name].name, method.name, rate) not in tried:
-                yield plan.cell(name, method, plan.seeds[0], rate, trial=True, deadline=deadline)
+                yield plan.cell(name, method, plan.seeds[0], rate, trial=True)
 
 
 def best_rates(trials: Iterable[Trial]) -> dict[tuple[str, str], float]:
@@ -210,14 +208,7 @@ def best_rates(trials: Iterable[Trial]) -> dict[tuple[str, str], float]:
 
 
 def final(
-    plan: Plan,
-    task: Task,
-    name: str,
-    method: Method,
-    seed: int,
-    rates: dict[tuple[str, str], float],
-    store: Store,
-    deadline: float,
+    plan: Plan, task: Task, name: str, method: Method, seed: int, rates: dict[tuple[str, str], float], store: Store
 ) -> Cell:
     first = seed == plan.seeds[0]
     return plan.cell(
@@ -229,7 +220,6 @@ def final(
         look_inside=first and method.name == INSIDE,
         checkpoint=store.checkpoint((task.name, method.name, seed)),
         tensorboard=store.folder / "tensorboard" if plan.tensorboard else None,
-        deadline=deadline,
     )
 
 
