@@ -357,7 +357,7 @@ def classify(
 ) -> None:
     """Train invertible residual classifiers and their vanilla twin; show error rates and the way back to the image.
 
-    For example `python -m comparisons classify --vanilla`, a minute on digits, or on MNIST in half an hour on two
+    For example `python -m comparisons classify --vanilla`, a minute on digits, or on MNIST in 40 minutes on two
     cores: `classify --data mnist --vanilla --workers 2`. On a GPU in pieces, each by the same command until it exits
     with 0 and not 75: `classify --data cifar10 --size paper --table --device cuda --precision bf16-mixed --piece 450`.
     """
