@@ -136,7 +136,9 @@ Device = Annotated[str, typer.Option(help="cpu or cuda.", callback=available)]
 Precision = Annotated[str, typer.Option(help="As lightning Fabric calls it: 32-true, 64-true, bf16-mixed, 16-mixed.")]
 Devices = Annotated[int, typer.Option(min=1, help="Processes that share every training, one a device.")]
 Nodes = Annotated[int, typer.Option(min=1, help="Nodes that share every training; start the same command by torchrun.")]
-Workers = Annotated[int, typer.Option(min=1, help="Cells that run side by side, each with one thread.")]
+Workers = Annotated[
+    int, typer.Option(min=1, help="Cells that run side by side on a CPU, each with one thread; on a GPU one.")
+]
 Piece = Annotated[
     float | None,
     typer.Option(min=1.0, help="Seconds after which to pause, with exit code 75; the same command goes on."),
@@ -211,6 +213,8 @@ def run_(
     """
     from comparisons.run import Plan, run
 
+    if context and not data:
+        raise typer.BadParameter("--context names a column of your files; give --data, too.")
     tasks = list(dict.fromkeys([*(name for part in suite for name in SUITES[part]), *task, *data]))
     if not tasks:
         raise typer.BadParameter(f"nothing to run on; give --suite ({', '.join(SUITES)}), --task or --data.")
@@ -333,7 +337,10 @@ def classify(
         str | None,
         typer.Option(help="smoke, small, paper or published; by default smoke for digits, else small."),
     ] = None,
-    activation: Annotated[str, typer.Option(help="elu, as published, or waves, the default of our nets.")] = "elu",
+    activation: Annotated[
+        str | None,
+        typer.Option(help="elu, as published, or waves, the default of our nets; by default elu, of hybrids waves."),
+    ] = None,
     seeds: Seeds = 1,
     seed: Seed = 0,
     steps: Annotated[int | None, typer.Option(min=1, help="Training steps; by default those of the size.")] = None,
@@ -364,6 +371,8 @@ def classify(
     from comparisons.classification.recipes import PAPER_BOUNDS, planned
     from comparisons.classification.run import classify as run_classify
 
+    if table and c:
+        raise typer.BadParameter("--table has the bounds of the paper; leave out --c, or --table.")
     bounds = [None] * (vanilla or table) + (list(PAPER_BOUNDS) if table else c or [0.9, 0.5])
     wishes = {
         "optimizer": optimizer,
@@ -385,7 +394,7 @@ def classify(
             bounds=tuple(bounds),
             seeds=range(seed, seed + seeds),
             out=out,
-            activation=activation,
+            activation=activation or ("elu" if hybrid is None else "waves"),
             hybrid=hybrid,
             piece=piece,
             machine=Machine(device, precision),

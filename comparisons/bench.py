@@ -19,6 +19,7 @@ from comparisons.methods import BLOCKS
 from comparisons.provenance import provenance
 from comparisons.speed import LIPSCHITZ, SCALE, CertificateCost, Settings, Throughput, Versus
 from comparisons.tables import PROGRESS_COLUMNS, Columns, markdown_table, print_wide, rich_table
+from comparisons.workers import steady
 
 VERSUS_COLUMNS: Columns[Versus] = {
     "quantity": lambda row: row.quantity,
@@ -123,8 +124,7 @@ def bench(settings: Settings, kinds: Sequence[str], seed: int, out: Path, consol
 def alike() -> Iterator[None]:
     """One thread, and no denormal numbers: normflows' series decays into them, and a CPU then is eight times slower."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
+    steady()
     try:
         yield
     finally:

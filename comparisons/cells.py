@@ -85,7 +85,7 @@ def run_trial(cell: Cell, fabric: Fabric, on_progress: OnProgress) -> Trial:
     task = loaded(cell.task, cell.columns)
     cell = replace(cell, budget=cell.budget.part(TRIAL_SHARE))
     _, history = trained(cell, task, fabric, on_progress)
-    return Trial(task.name, cell.method.name, cell.rate, history.best)
+    return Trial(task.name, cell.method.name, cell.rate, history.best if math.isfinite(history.best) else None)
 
 
 def run_cell(cell: Cell, fabric: Fabric, on_progress: OnProgress) -> tuple[Result, Arrays, Work]:
@@ -137,7 +137,7 @@ def measured(cell: Cell, task: Task, density: Density, history: History, scores:
     rows = ready(task.test[: metrics.MEASURED_POINTS], density, fabric)
     distances, lost_samples = metrics.sample_distances(density, task, fabric)
     visits = diagnostics.visit_blocks(density, rows.x, rows.context) if has_blocks(density) else []
-    batch = ready(task.test[: cell.budget.batch or task.batch], density, fabric)
+    batch = ready(task.draw(cell.budget.batch or task.batch, torch.Generator().manual_seed(0)), density, fabric)
     return Result(
         task=task.name,
         method=cell.method.name,

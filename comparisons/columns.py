@@ -59,6 +59,8 @@ def score_text(standing: Standing) -> str:
 def bits_text(standing: Standing) -> str:
     """With the standard error of the score, in bits per dimension."""
     bits, first = standing.mean(lambda result: result.bits_per_dimension), standing.results[0]
+    if standing.diverged:
+        return NOTHING
     if bits is None or not first.bits_error:
         return number(bits, ".3f")
     per_nat = first.bits_error / first.log_likelihood.error
@@ -72,8 +74,14 @@ def inverse_text(standing: Standing) -> str:
 
 
 def log_det_text(standing: Standing) -> str:
+    if not any(result.blocks for result in standing.results):
+        return NOTHING
     error = standing.largest(lambda result: result.log_det_error)
     return "exact" if error == 0 else number(error, ".1e")
+
+
+def raw(result: Result) -> float:
+    return result.raw_log_likelihood
 
 
 def times(value: float | None) -> str:
@@ -108,7 +116,7 @@ QUALITY: Columns[Standing] = {
     "ours − theirs (nats)": lambda standing: gap_text(standing.gap),
     "seeds": seeds_text,
     "validation loss": mean(lambda result: result.validation, ".3f"),
-    "raw (nats)": mean(lambda result: result.raw_log_likelihood, ".3f"),
+    "raw (nats)": lambda standing: NOTHING if standing.diverged else number(standing.mean(raw), ".3f"),
     "bits/dim": bits_text,
 }
 COST: Columns[Standing] = {
@@ -248,23 +256,24 @@ MEANING = {
     "ms/step": "Training time by steps. All times are medians over seeds; on a CPU they are those of one thread at "
     "work, so that other programs do not count.",
     "training (s)": "Of the training steps alone.",
-    "density (µs)": "One log-density within a large batch.",
-    "sampling (µs)": "One sample within a large batch.",
+    "density (µs)": "One log-density within a batch of at most 256.",
+    "sampling (µs)": "One sample within a batch of at most 256. Our blocks leave out their log-det (`Omitted()`), "
+    "which a sample does not need; with it they take up to twice as long. Other transforms compute theirs.",
     "memory (MB)": "Peak of one training step, beyond weights and optimiser state.",
     "parameters": "All that are trained.",
     "learning rate": "Of Adam; none where the method is fitted in one go.",
-    "inverse error": "Largest |x − x'| over test points and seeds, x' being x sent to noise and back, in the precision "
-    "of the run; and how many points came back not finite.",
+    "inverse error": "Largest |x − x'| over 256 test points and all seeds, x' being x sent to noise and back, in the "
+    "precision of the run; and how many points came back not finite.",
     "Lipschitz bound": "The largest certified bound of a residual branch g, over blocks and seeds; below 1 the block "
     "is invertible. Other transforms have none.",
     "largest Jacobian": "The largest norm of g's Jacobian at test points, over blocks and seeds: what the bound has "
     "to cover. The gap is room that the block does not use.",
     "g per inverse": "Evaluations of g to invert one block at one point, mean over blocks.",
-    "log-det error (nats)": "Bound on what an inexact log-determinant adds to the error of the mean.",
+    "log-det error (nats)": "Bound on what an inexact log-determinant of our blocks adds to the error of the mean.",
     "lost samples": "Share of samples that are not finite; distances leave them out.",
     "energy distance": "Of samples to test points, mean over seeds; in brackets its floor, which fresh data would "
     "score. At the floor samples cannot be told from data. So for all distances.",
-    "sliced Wasserstein": "Mean distance of samples to test points along random directions.",
+    "sliced Wasserstein": "Root mean square distance of samples to test points along random directions.",
     "MMD²": "Squared maximum mean discrepancy, Gaussian kernel.",
     "twin − original (nats)": "Above 0 the residual blocks are better than what they replaced; error as above.",
     "step time": "Multiple of the original's time; likewise density and sampling time.",

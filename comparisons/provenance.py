@@ -6,9 +6,11 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,7 +20,7 @@ from comparisons.tasks.sources import REPOSITORY
 PACKAGES = ("torch", "nflows", "normflows", "lightning", "zuko", "numpy", "scikit-learn")
 
 
-def provenance() -> dict[str, object]:
+def provenance() -> dict[str, Any]:
     """Where, when, with what and by which command numbers were measured."""
     return {
         "command": " ".join(["python -m comparisons", *sys.argv[1:]]),
@@ -37,6 +39,20 @@ def provenance() -> dict[str, object]:
             **{name: installed(name) for name in PACKAGES},
         },
     }
+
+
+def together(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The provenance of several measurements in one: where they differ, all values, and from when to when."""
+    found: dict[str, Any] = {}
+    for name in dict.fromkeys(name for run in runs for name in run):
+        values: list[Any] = []
+        for run in runs:
+            if name in run and run[name] not in values:
+                values.append(run[name])
+        found[name] = values[0] if len(values) == 1 else values
+    if isinstance(found.get("date"), list):
+        found["date"] = f"{min(found['date'])} to {max(found['date'])}"
+    return found
 
 
 def git_revision() -> str | None:

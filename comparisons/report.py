@@ -27,7 +27,7 @@ from rich.table import Table
 
 from comparisons import diagnostic_figures, figures, wording
 from comparisons.cells import TEMPERATURE
-from comparisons.columns import COMPACT, GAINS, LEGEND, MEANING, ours_row, summary_grids, task_grids
+from comparisons.columns import COMPACT, GAINS, LEGEND, MEANING, number, ours_row, summary_grids, task_grids
 from comparisons.diagnostics import InverseWork, LogDetWork
 from comparisons.dynamics import Dynamics, dynamics, dynamics_figure
 from comparisons.methods import METHODS, Method
@@ -52,6 +52,7 @@ class Chapter:
     cells: Mapping[str, Arrays]  # by method: the arrays for pictures, of the first seed that has them
     work: dict[str, list[dict[str, Any]]]
     trials: list[Trial]
+    failures: list[Failure]
 
     @property
     def entropy(self) -> float | None:
@@ -72,7 +73,11 @@ class Chapter:
 
     @property
     def sentences(self) -> list[str]:
-        return [sentence for sentence in (wording.outcome(self.standings), wording.price(self.standings)) if sentence]
+        return [
+            sentence
+            for sentence in (wording.outcome(self.standings, self.failures), wording.price(self.standings))
+            if sentence
+        ]
 
     @property
     def swaps(self) -> dict[str, str]:
@@ -88,7 +93,7 @@ class Chapter:
         columns: dict[str, Callable[[list[Trial]], str]] = {
             "method": lambda trials: trials[0].method,
             "learning rate: validation loss": lambda trials: ", ".join(
-                f"{trial.learning_rate:g}: {trial.validation:.3f}" for trial in trials
+                f"{trial.learning_rate:g}: {number(trial.validation, '.3f')}" for trial in trials
             ),
         }
         return Grid.of("Learning rates tried", columns, list(tried.values()))
@@ -183,6 +188,7 @@ def read_chapter(store: Store, results: list[Result], failures: list[Failure], t
         {method: cells[0] for method, cells in drawn.items() if cells},
         store.load_work(task),
         trials,
+        failures,
     )
 
 

@@ -22,6 +22,7 @@ import numpy as np
 
 from comparisons.diagnostics import BlockRow, RoundTrip
 from comparisons.metrics import Estimate
+from comparisons.provenance import together
 from comparisons.training import History
 from comparisons.two_sample import WithFloor
 
@@ -108,12 +109,12 @@ class Failure:
 
 @dataclass(frozen=True)
 class Trial:
-    """A learning rate that was tried: the best validation loss of a short training."""
+    """A learning rate that was tried: the best validation loss of a short training, None where that failed."""
 
     task: str
     method: str
     learning_rate: float
-    validation: float
+    validation: float | None
 
 
 def cell_name(key: Key) -> str:
@@ -170,19 +171,19 @@ class Store:
         append(self.lines, {**asdict(cell), "run": run})
 
     def load(self) -> tuple[list[Result], list[Failure], dict[str, Any]]:
-        """All finished cells in the order in which they finished, and the provenance of the last.
+        """All finished cells in the order in which they finished, and their provenance.
 
         A cell that failed and was run again counts once, as what it was last.
         """
         cells: dict[Key, Result | Failure] = {}
-        run: dict[str, Any] = {}
+        runs: list[dict[str, Any]] = []
         for record in records(self.lines):
-            run = record.pop("run")
+            runs.append(record.pop("run"))
             cell = Failure(**record) if "error" in record else Result.from_json(record)
             cells.pop(cell.key, None)
             cells[cell.key] = cell
         results = [cell for cell in cells.values() if isinstance(cell, Result)]
-        return results, [cell for cell in cells.values() if isinstance(cell, Failure)], run
+        return results, [cell for cell in cells.values() if isinstance(cell, Failure)], together(runs)
 
     # learning rates
 
@@ -220,8 +221,9 @@ class Store:
         path = self.work / f"{name}.json"
         return json.loads(path.read_text()) if path.is_file() else {}
 
-    def checkpoint(self, key: Key) -> Path:
-        return self.checkpoints / f"{cell_name(key)}.ckpt"
+    def checkpoint(self, key: Key, *more: str) -> Path:
+        """Of a cell, with whatever else makes it another training."""
+        return self.checkpoints / f"{'--'.join([cell_name(key), *more])}.ckpt"
 
     def write_json(self) -> Path:
         """One JSON file of the run: what, where, when, and all numbers."""

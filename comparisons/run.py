@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.fabric import Fabric
 from rich.console import Console
 from rich.progress import Progress
@@ -22,7 +21,7 @@ from comparisons.results import Failure, Result, SettingsError, Store, Trial
 from comparisons.settings import INTERRUPTED, PAUSED, Budget, Machine
 from comparisons.tables import PROGRESS_COLUMNS, print_wide
 from comparisons.tasks import Task, is_file
-from comparisons.workers import Left, Outcome, in_turn, side_by_side
+from comparisons.workers import Left, Outcome, in_turn, side_by_side, steady
 
 INSIDE = "ours"  # the method that is looked into
 
@@ -70,6 +69,11 @@ class Plan:
             "precision": self.machine.precision,
         }
 
+    @property
+    def side_by_side(self) -> int:
+        """Cells at a time. On a GPU one: its clock would count what the neighbours do."""
+        return 1 if self.machine.parallel or self.machine.device != "cpu" else self.workers
+
     def cell(self, task: str, method: Method, seed: int, rate: float, **more: Any) -> Cell:
         columns, budget = self.columns if is_file(task) else (), self.budgets.get(task, self.budget)
         return Cell(task, columns, method, seed, rate, budget, self.machine, deadline=self.deadline, **more)
@@ -80,11 +84,10 @@ def run(plan: Plan, console: Console) -> int:
 
     Whatever happens, the finished cells are on disk, printed and reported.
     """
-    torch.set_flush_denormal(True)
-    torch.set_num_threads(1)  # as in workers
     fabric = plan.machine.fabric()
     if plan.machine.parallel:
         fabric.launch()
+    steady()
     if not fabric.is_global_zero:
         console = Console(quiet=True)
     store = Store(plan.out)
@@ -112,7 +115,7 @@ def run(plan: Plan, console: Console) -> int:
         finish(store, results, failures, console)
     if interrupted:
         return INTERRUPTED
-    return 1 if failures else PAUSED if left else 0
+    return PAUSED if left else 1 if failures else 0
 
 
 def load_tasks(plan: Plan, console: Console) -> dict[str, Task]:
@@ -138,21 +141,29 @@ def run_cells(plan: Plan, tasks: dict[str, Task], store: Store, fabric: Fabric, 
         for task in tasks.values():
             store.add_arrays(task.name, task_arrays(task))
     pairs = [(name, method) for name in tasks for method in plan.methods if takes(tasks[name], method, console)]
-    trials = list(wanted_trials(plan, tasks, pairs, store)) if plan.tune else []
     wanted = wanted_cells(plan, tasks, pairs, store, console)
+    undecided = list(dict.fromkeys((name, method) for name, method, _ in wanted))
+    trials = list(wanted_trials(plan, tasks, undecided, store)) if plan.tune else []
     fabric.barrier()  # all processes have read the same
-    information = {**provenance(), "workers": f"{plan.workers}, one thread each"}  # now: files may change under a run
+    information = {**provenance(), "workers": f"{plan.side_by_side}, one thread each"}  # now: files may change
     left = 0
     with bar(sum(cell.weight for cell in trials) + len(wanted), console) as (progress, advance):
         for outcome in outcomes(plan, trials, fabric, advance):
             left += note(outcome, information, store, fabric, progress)
         fabric.barrier()  # what the first process wrote, all may read
         rates = best_rates(store.load_trials())
+        if plan.rates_of is not None and (unknown := [pair for pair in undecided if named(pair, tasks) not in rates]):
+            pairs_text = ", ".join(f"{method.name} on {name}" for name, method in unknown)
+            progress.console.print(f"[yellow]No rate in {plan.rates_of}, so the usual one:[/] {pairs_text}.")
         finals = [final(plan, tasks[name], name, method, seed, rates, store) for name, method, seed in wanted]
         before = sum(cell.weight for cell in trials)
         for outcome in outcomes(plan, finals, fabric, lambda done: advance(before + done)):
             left += note(outcome, information, store, fabric, progress)
     return left
+
+
+def named(pair: tuple[str, Method], tasks: dict[str, Task]) -> tuple[str, str]:
+    return tasks[pair[0]].name, pair[1].name
 
 
 def note(outcome: Outcome, information: dict[str, Any], store: Store, fabric: Fabric, progress: Progress) -> bool:
@@ -192,9 +203,11 @@ def wanted_trials(
 ) -> Iterator[Cell]:
     tried = {(trial.task, trial.method, trial.learning_rate) for trial in store.load_trials()}
     for name, method in pairs:
+        key = tasks[name].name, method.name, plan.seeds[0]
         for rate in method.grid:
-            if (tasks[name].name, method.name, rate) not in tried:
-                yield plan.cell(name, method, plan.seeds[0], rate, trial=True)
+            if (*key[:2], rate) not in tried:
+                file = store.checkpoint(key, f"{rate:g}", "trial")
+                yield plan.cell(name, method, plan.seeds[0], rate, trial=True, checkpoint=file)
 
 
 def best_rates(trials: Iterable[Trial]) -> dict[tuple[str, str], float]:
@@ -202,32 +215,36 @@ def best_rates(trials: Iterable[Trial]) -> dict[tuple[str, str], float]:
     best: dict[tuple[str, str], Trial] = {}
     for trial in trials:
         old = best.get((trial.task, trial.method))
-        if old is None or trial.validation < old.validation:
+        if old is None or loss(trial) < loss(old):
             best[trial.task, trial.method] = trial
-    return {key: trial.learning_rate for key, trial in best.items()}
+    return {key: trial.learning_rate for key, trial in best.items() if trial.validation is not None}
+
+
+def loss(trial: Trial) -> float:
+    return math.inf if trial.validation is None else trial.validation
 
 
 def final(
     plan: Plan, task: Task, name: str, method: Method, seed: int, rates: dict[tuple[str, str], float], store: Store
 ) -> Cell:
-    first = seed == plan.seeds[0]
+    first, rate = seed == plan.seeds[0], rates.get((task.name, method.name), method.learning_rate)
     return plan.cell(
         name,
         method,
         seed,
-        rates.get((task.name, method.name), method.learning_rate),
+        rate,
         pictures=first,
         look_inside=first and method.name == INSIDE,
-        checkpoint=store.checkpoint((task.name, method.name, seed)),
+        checkpoint=store.checkpoint((task.name, method.name, seed), f"{rate:g}"),
         tensorboard=store.folder / "tensorboard" if plan.tensorboard else None,
     )
 
 
 def outcomes(plan: Plan, part: Sequence[Cell], fabric: Fabric, advance: Any) -> Iterator[Outcome]:
-    """Side by side in processes of their own; in turn where one worker is asked for or processes share each cell."""
-    if plan.machine.parallel or plan.workers == 1:
+    """Side by side in processes of their own, or in turn."""
+    if plan.side_by_side == 1:
         return in_turn(part, fabric, advance)
-    return side_by_side(part, plan.workers, advance)
+    return side_by_side(part, plan.side_by_side, advance)
 
 
 @contextmanager
@@ -238,18 +255,21 @@ def bar(total: float, console: Console) -> Iterator[tuple[Progress, Any]]:
 
 
 def keep(outcome: Outcome, store: Store, information: dict[str, Any]) -> None:
-    found = outcome.found
+    found, cell = outcome.found, outcome.cell
     if isinstance(found, Left):
-        return
-    if isinstance(found, Trial):
-        store.add_trial(found)
         return
     if isinstance(found, Result):
         store.add_arrays(found.name, outcome.arrays)  # before the line that says that the cell is done
         if outcome.work:
             store.add_work(found.task, outcome.work)
-    store.add(found, information)
-    store.checkpoint(found.key).unlink(missing_ok=True)
+    if isinstance(found, Trial):
+        store.add_trial(found)
+    elif cell.trial:  # a rate that cannot be trained with, and no failure of the cell
+        store.add_trial(Trial(found.task, found.method, cell.rate, None))
+    else:
+        store.add(found, information)
+    if cell.checkpoint is not None and not isinstance(found, Failure):
+        cell.checkpoint.unlink(missing_ok=True)
 
 
 def finish(store: Store, results: list[Result], failures: list[Failure], console: Console) -> None:
@@ -270,11 +290,17 @@ def sentence(outcome: Outcome) -> str:
     head = f"{name:<16}{method:<28}"
     if isinstance(found, Left):
         return f"{head}seed {cell.seed}  {found.words}; the same command goes on"
+    if isinstance(found, Trial) or cell.trial:
+        return f"{head}learning rate {cell.rate:g}: {trial_text(found)}"
     if isinstance(found, Failure):
         return f"{head}seed {found.seed}  failed: {found.error}"
-    if isinstance(found, Trial):
-        return f"{head}learning rate {found.learning_rate:g}: validation {found.validation:.3f}"
     score = found.log_likelihood
     return (
         f"{head}seed {cell.seed}  {score.mean:.3f} ± {score.error:.3f} nats, trained in {found.training_seconds:.1f} s"
     )
+
+
+def trial_text(found: Trial | Result | Failure) -> str:
+    if isinstance(found, Trial):
+        return "no finite loss" if found.validation is None else f"validation {found.validation:.3f}"
+    return f"failed: {found.error}" if isinstance(found, Failure) else ""

@@ -343,9 +343,9 @@ def training_step(
     optimizer = torch.optim.Adam(density.parameters(), lr=1e-4)
 
     def step() -> None:
-        optimizer.zero_grad()
         density(data, context).backward()
         optimizer.step()
+        optimizer.zero_grad()  # here, so that a step's peak of memory counts its gradients
         if after_step is not None:
             after_step(density)
 

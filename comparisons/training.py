@@ -141,6 +141,8 @@ def train(
         return history
     how = method.optimisation
     generator, size = torch.Generator().manual_seed(seed), budget.batch or task.batch
+    if size < fabric.world_size:
+        raise ValueError(f"{fabric.world_size} processes cannot share batches of {size} points; take larger ones.")
     meet(density, ready(task.draw(size, torch.Generator().manual_seed(seed)), density.to(fabric.device), fabric))
     optimizer = how.build(density.parameters(), rate)
     model, optimizer = fabric.setup(compiled(density) if how.compile else density, optimizer)
@@ -157,9 +159,9 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = rate * how.factor(spent)
         # all processes draw the same batch and take a part each: the gradient is that of one process
-        part = task.draw(size, generator)[fabric.global_rank :: fabric.world_size].to(fabric.device)
+        part = ready(task.draw(size, generator)[fabric.global_rank :: fabric.world_size], density, fabric)
         optimizer.zero_grad()
-        backward(model, part, how.accumulate, fabric)
+        backward(model, part, size, how.accumulate, fabric)
         norm = fabric.clip_gradients(model, optimizer, max_norm=how.clip or math.inf, error_if_nonfinite=False)
         # One batch on which a host overflows should not end its training. A scaler of half precision leaves it out by
         # itself, and must see it, or it would never lower its scale.
@@ -189,12 +191,15 @@ def compiled(density: Density) -> nn.Module:
     return cast(nn.Module, torch.compile(density))
 
 
-def backward(model: Any, part: Points, pieces: int, fabric: Fabric) -> None:
-    """The gradient of the mean loss of the batch, in so many pieces."""
+def backward(model: Any, part: Points, size: int, pieces: int, fabric: Fabric) -> None:
+    """The gradient of the mean loss of the batch of that size, of which this is a part, in so many pieces.
+
+    Gradients are averaged over processes.
+    """
     whole = part.split(math.ceil(len(part) / pieces))
     for number, piece in enumerate(whole, start=1):
         with fabric.no_backward_sync(model, enabled=fabric.world_size > 1 and number < len(whole)):
-            fabric.backward(model(piece.x, piece.context) * (len(piece) / len(part)))
+            fabric.backward(model(piece.x, piece.context) * (len(piece) * fabric.world_size / size))
 
 
 def follow(average: dict[str, Tensor], density: nn.Module, decay: float, step: int) -> None:

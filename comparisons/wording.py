@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 
 from comparisons.columns import with_error
-from comparisons.results import Result
+from comparisons.results import Failure, Result
 from comparisons.standings import OURS, Gain, Number, Opponent, Standing, Tally, tally
 from comparisons.statistics import Verdict
 
 
-def outcome(standings: Sequence[Standing]) -> str:
-    """How ours does on one task; nothing where it was not run."""
+def outcome(standings: Sequence[Standing], failures: Sequence[Failure] = ()) -> str:
+    """How ours does on one task, and whose trainings failed; nothing where it was not run."""
+    failed = Counter(failure.method for failure in failures)
+    note = f" Failed trainings: {listed([f'{n} of {name}' for name, n in failed.items()])}." if failed else ""
+    return (standing_of_ours(standings) + note).strip()
+
+
+def standing_of_ours(standings: Sequence[Standing]) -> str:
     ours = next((standing for standing in standings if standing.method == OURS), None)
     if ours is None:
         return ""
@@ -58,7 +65,7 @@ def price(standings: Sequence[Standing]) -> str:
     costs: dict[str, Number] = {
         "a training step": step_seconds,
         "a density": lambda result: result.density_seconds,
-        "a sample": lambda result: result.sampling_seconds,
+        "a sample (ours without its log-det)": lambda result: result.sampling_seconds,
     }
     parts = [
         f"{name} {own / usual:.2g} times"

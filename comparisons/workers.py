@@ -18,7 +18,7 @@ from lightning.fabric import Fabric
 
 from comparisons.cells import Arrays, Cell, Work, key_of, run_cell, run_trial
 from comparisons.results import Failure, Result, Trial
-from comparisons.training import OnProgress, PausedError
+from comparisons.training import OnProgress, PausedError, common
 
 LOOK_AGAIN = 0.2  # seconds between two looks at the workers
 
@@ -42,7 +42,7 @@ class Outcome:
 
 def attempt(cell: Cell, fabric: Fabric, on_progress: OnProgress) -> Outcome:
     """Run a cell; what goes wrong in it becomes a `Failure`, so that the others go on."""
-    if cell.over:
+    if common(float(cell.over), fabric):
         return Outcome(cell, Left("not begun in this piece"))
     try:
         if cell.trial:
@@ -85,11 +85,12 @@ def side_by_side(cells: Sequence[Cell], workers: int, on_progress: Callable[[flo
 
 
 def outcome_of(future: Future[Outcome], cell: Cell) -> Outcome:
-    """What a worker handed back, or a failure if it died, which also ends the cells that were waiting for it."""
+    """What a worker handed back. If it died, so did those beside it: cells failed, and trials are to be done again."""
     try:
         return future.result()
     except BrokenProcessPool as error:
-        return failed(cell, f"a worker process died: {error}")
+        words = f"a worker process died: {error}"
+        return Outcome(cell, Left(words)) if cell.trial else failed(cell, words)
 
 
 class StoppedError(BaseException):
@@ -105,10 +106,16 @@ def become_worker(done: Any, stop: Any) -> None:
 
 
 def work_alone() -> None:
-    """One thread, no denormals, and an end with the main process."""
+    """Steady, and with the main process at its end."""
     threading.Thread(target=die_with_parent, daemon=True).start()
+    steady()
+
+
+def steady() -> None:
+    """What makes numbers comparable: one thread, no denormals, and single precision that is single on a GPU, too."""
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
+    torch.backends.cudnn.allow_tf32 = False
 
 
 def die_with_parent() -> None:

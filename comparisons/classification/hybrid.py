@@ -13,7 +13,7 @@ from nflows.flows import Flow
 from nflows.transforms import ActNorm, CompositeTransform, SqueezeTransform, Transform
 from torch import Tensor, nn
 
-from comparisons.classification.model import Size, branch_bound, check_shape, labels
+from comparisons.classification.model import ACTIVATIONS, Size, branch_bound, check_shape, labels
 from comparisons.methods import Density
 from comparisons.methods.hosts import NflowsDensity
 from iresflow_plugin.adapters.nflows import ResidualTransform
@@ -35,9 +35,18 @@ class HybridNet(nn.Module):
         size: blocks and widths; nothing is padded, since a density has no room for dimensions without volume.
         c: bound of every layer of a branch.
         weight: of log p(y | x) beside log p(x) / D.
+        activation: "elu", or "waves", the default of our nets.
     """
 
-    def __init__(self, shape: tuple[int, ...], classes: int, size: Size, c: float, weight: float = 1.0) -> None:
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        classes: int,
+        size: Size,
+        c: float,
+        weight: float = 1.0,
+        activation: str = "waves",
+    ) -> None:
         super().__init__()
         check_shape(shape, size)
         self.weight = weight
@@ -49,7 +58,7 @@ class HybridNet(nn.Module):
                 channels, height, width = channels * 4, height // 2, width // 2
             for _ in range(blocks):
                 sizes = [channels, hidden, hidden, channels]
-                branch = LipschitzConvNet(sizes, lipschitz=branch_bound(c))
+                branch = LipschitzConvNet(sizes, activation=ACTIVATIONS[activation], lipschitz=branch_bound(c))
                 transforms += [ActNorm(channels), ResidualTransform(branch)]
         self.flow: Any = Flow(CompositeTransform(transforms), StandardNormal([channels, height, width]))
         self.head = nn.Sequential(

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from comparisons.classification.hybrid import HYBRID_SIZES
 from comparisons.classification.model import ACTIVATIONS, SIZES, branch_bound
 from comparisons.settings import Budget, Machine, Optimisation
 
@@ -68,8 +69,12 @@ class Plan:
                 branch_bound(c)
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"there is no activation {self.activation!r}; there are: {', '.join(ACTIVATIONS)}.")
-        if self.hybrid is not None and None in self.bounds:
+        if self.hybrid is None:
+            return
+        if None in self.bounds:
             raise ValueError("the vanilla twin has no inverse, hence no density; leave out --vanilla or --hybrid.")
+        if self.size not in HYBRID_SIZES:
+            raise ValueError(f"there is no hybrid of size {self.size!r}; there are: {', '.join(HYBRID_SIZES)}.")
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -79,6 +84,7 @@ class Plan:
             **{name: getattr(self, name) for name in shared},
             "budget": asdict(self.budget),
             "optimisation": asdict(self.optimisation),
+            "device": self.machine.device,
             "precision": self.machine.precision,
         }
 

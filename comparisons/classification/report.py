@@ -13,8 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from comparisons.classification.results import Outcome
-from comparisons.provenance import provenance
-from comparisons.results import Store
+from comparisons.provenance import together
+from comparisons.results import Store, records
 from comparisons.statistics import over_seeds
 from comparisons.tables import NOTHING, Columns, Grid
 
@@ -42,8 +42,8 @@ COLUMNS: Columns[Seeds] = {
     "network": lambda seeds: seeds[0].method,
     "seeds": lambda seeds: str(len(seeds)),
     "test error (%)": lambda seeds: error_rate(seeds),
-    "paper (%)": lambda seeds: number(PAPER.get(seeds[0].data, {}).get(seeds[0].c), ".2f"),
-    "bits/dim": lambda seeds: number(seeds[0].bits_per_dimension, ".3f"),
+    "paper (%)": lambda seeds: number(paper(seeds[0]), ".2f"),
+    "bits/dim": lambda seeds: number(mean([s.bits_per_dimension for s in seeds]), ".3f"),
     "certified Lip(g)": lambda seeds: f"{max(s.slopes.bound for s in seeds):.3f}",
     "slope seen": lambda seeds: f"{max(s.slopes.seen for s in seeds):.2f}",
     "largest error back, double": lambda seeds: f"{max(s.double.largest for s in seeds):.1e}",
@@ -52,7 +52,7 @@ COLUMNS: Columns[Seeds] = {
     "largest error back, single": lambda seeds: f"{max(s.single.largest for s in seeds):.1e}",
     "median, single": lambda seeds: f"{np.median([s.single.median for s in seeds]):.1e}",
     "images lost": lambda seeds: f"{np.mean([s.single.lost for s in seeds]):.0%}",
-    "evaluations a block": lambda seeds: number(seeds[0].single.evaluations, ".1f"),
+    "evaluations a block": lambda seeds: number(mean([s.single.evaluations for s in seeds]), ".1f"),
     "parameters": lambda seeds: f"{seeds[0].parameters:,}",
     "steps": lambda seeds: f"{np.mean([s.steps for s in seeds]):.0f}",
     "training (s)": lambda seeds: f"{np.mean([s.seconds for s in seeds]):.0f}",
@@ -69,6 +69,17 @@ def error_rate(seeds: Seeds) -> str:
     mean = 100 * float(np.mean([s.error for s in seeds]))
     text = f"{mean:.2f} ± {100 * float(np.mean([s.binomial for s in seeds])):.2f}"
     return text if len(seeds) < 2 else f"{text} ± {over_seeds([100 * s.error for s in seeds]).error:.2f}"
+
+
+def paper(outcome: Outcome) -> float | None:
+    """The published error of the same classifier; hybrids have none."""
+    hybrid = outcome.bits_per_dimension is not None
+    return None if hybrid else PAPER.get(outcome.data, {}).get(outcome.c)
+
+
+def mean(values: Sequence[float | None]) -> float | None:
+    there = [value for value in values if value is not None]
+    return float(np.mean(there)) if there else None
 
 
 def number(value: float | None, form: str) -> str:
@@ -91,7 +102,7 @@ def sentence(outcome: Outcome) -> str:
 
 def write_markdown(store: Store, results: Sequence[Outcome], settings: dict[str, Any]) -> Path:
     grid, path = table(results), store.folder / "classification.md"
-    origin = {"settings": settings, **provenance()}
+    origin = {"settings": settings, **together([record["run"] for record in records(store.lines)])}
     parts = [f"# {grid.title}", NOTES, grid.markdown(), "", f"```json\n{json.dumps(origin, indent=1)}\n```"]
     path.write_text("\n".join(parts) + "\n")
     return path

@@ -29,7 +29,7 @@ from comparisons.settings import PAUSED
 from comparisons.tables import print_wide
 from comparisons.tasks import Points, Task
 from comparisons.training import PausedError, log_likelihoods, ready, train
-from comparisons.workers import work_alone
+from comparisons.workers import steady, work_alone
 
 SHOWN = 10  # images in the picture
 
@@ -52,8 +52,7 @@ class Left:
 
 def classify(plan: Plan, console: Console) -> int:
     """Run what is not yet done; the exit code: 0 done, 1 a training failed or other settings lie there, 75 paused."""
-    torch.set_num_threads(1)  # as in workers
-    torch.set_flush_denormal(True)
+    steady()
     store = Store(plan.out)
     try:
         store.start(plan.settings, plan.fresh)
@@ -80,7 +79,9 @@ def classify(plan: Plan, console: Console) -> int:
         print_wide(console, [grid.rich()])
         console.print(f"Table:   {report.write_markdown(store, results, plan.settings)}", highlight=False)
         console.print(f"Picture: {report.write_picture(store, results)}", highlight=False)
-    return 1 if any(one.failed for one in left) else PAUSED if left else 0
+    if any(not one.failed for one in left):
+        return PAUSED
+    return 1 if left else 0
 
 
 def outcomes(plan: Plan, wanted: Sequence[Cell], deadline: float) -> Iterator[Outcome | Left]:
@@ -136,11 +137,13 @@ def run_cell(plan: Plan, deadline: float, cell: Cell) -> Outcome:
 def method_of(plan: Plan, c: float | None, task: Task) -> Method:
     """As the training loop wants it; the network has a size of its own."""
 
+    weight = 1.0 if plan.hybrid is None else plan.hybrid
+
     def classifier(features: int, width: int, context_features: int | None) -> torch.nn.Module:
         return InvertibleClassifier(task.shape, CLASSES, SIZES[plan.size], c, plan.activation)
 
     def hybrid(features: int, width: int, context_features: int | None) -> torch.nn.Module:
-        return HybridNet(task.shape, CLASSES, HYBRID_SIZES[plan.size], c or 0.9, plan.hybrid or 1.0)
+        return HybridNet(task.shape, CLASSES, HYBRID_SIZES[plan.size], c or 0.9, weight, plan.activation)
 
     return Method(
         name=method_name(c, plan.hybrid),

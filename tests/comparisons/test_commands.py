@@ -15,12 +15,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from lightning.fabric import Fabric
 from typer.testing import CliRunner
 
 from comparisons.__main__ import app
+from comparisons.cells import Cell
 from comparisons.methods import METHODS
+from comparisons.results import Trial
 from comparisons.settings import PAUSED
 from comparisons.tasks.sources import REPOSITORY
+from comparisons.training import OnProgress
 
 Command = Callable[..., "subprocess.Popen[str]"]
 
@@ -100,6 +104,40 @@ def test_a_run_in_pieces_ends_with_the_same_numbers(tmp_path: Path) -> None:
     whole, pieces = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("whole", "pieces"))
     for one, other in zip(whole["results"], pieces["results"], strict=True):
         assert (one["method"], one["log_likelihood"]) == (other["method"], other["log_likelihood"])
+
+
+def test_a_rate_that_fails_is_no_failure_of_its_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a finished cell is not touched by trials: there are none where nothing is left to run."""
+
+    def run_trial(cell: Cell, fabric: Fabric, on_progress: OnProgress) -> Trial:
+        if cell.rate == 1e-2:
+            raise FloatingPointError("too fast")
+        return Trial("smoke", "made", cell.rate, -cell.rate)
+
+    monkeypatch.setattr("comparisons.workers.run_trial", run_trial)
+    wanted = ["run", "--suite", "smoke", "--method", "made", "--tune", "--workers", "1", "--out", str(tmp_path)]
+    code, output = run(*wanted)
+    assert code == 0 and "learning rate 0.01: failed: FloatingPointError: too fast" in output, output
+    (cell,) = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert cell["learning_rate"] == 3e-3
+    assert "0.01: –" in (tmp_path / "report.html").read_text()
+    monkeypatch.setattr("comparisons.workers.run_trial", lambda *_: pytest.fail("nothing is left to be decided"))
+    (tmp_path / "tuning.jsonl").unlink()
+    code, output = run(*wanted)
+    assert code == 0, output
+
+
+def test_a_context_without_files_is_refused(tmp_path: Path) -> None:
+    code, output = run("run", "--suite", "smoke", "--context", "label", "--out", str(tmp_path))
+    assert code == 2 and "--data" in output
+
+
+@pytest.mark.parametrize(
+    "wrong", [["--table", "--c", "0.9"], ["--size", "published", "--hybrid", "1"], ["--vanilla", "--hybrid", "1"]]
+)
+def test_wishes_of_classify_that_contradict_each_other_are_refused(wrong: list[str], tmp_path: Path) -> None:
+    code, output = run("classify", *wrong, "--out", str(tmp_path))
+    assert code == 2, output
 
 
 def test_a_run_leaves_tables_json_and_report(tmp_path: Path) -> None:
@@ -328,7 +366,7 @@ def test_a_killed_run_goes_on_to_the_same_numbers(command: Command, tmp_path: Pa
     assert whole.wait(timeout=300) == 0
 
     process = command("run", *options, "--out", "killed")
-    checkpoint = tmp_path / "killed" / "checkpoints" / "smoke--ours--0.ckpt"
+    checkpoint = tmp_path / "killed" / "checkpoints" / "smoke--ours--0--0.01.ckpt"
     wait_for(checkpoint.exists, process)
     children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
     process.kill()
