@@ -120,23 +120,33 @@ class Sum(Map):
         return math.fsum(m.bound for m in self.maps)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return reduce(torch.add, [m(x) for m in self.maps])
+        return self._add([m(x) for m in self.maps])
 
     def magnitude(self, x: Tensor) -> tuple[Tensor, Tensor]:
         values, sizes = zip(*[m.magnitude(x) for m in self.maps], strict=True)  # large values may cancel
-        value = reduce(torch.add, values)
+        value = self._add(values)
         return value, torch.maximum(norms(value), reduce(torch.maximum, sizes))
 
     def linearise(self, x: Tensor) -> Linearised:
         parts = [m.linearise(x) for m in self.maps]
         return Linearised(
-            reduce(torch.add, [p.value for p in parts]),
+            self._add([p.value for p in parts]),
             lambda tangent: reduce(torch.add, [p.jvp(tangent) for p in parts]),
             lambda cotangent: reduce(torch.add, [p.vjp(cotangent) for p in parts]),
         )
 
     def rows(self, index: Tensor) -> Map:
         return Sum([m.rows(index) for m in self.maps])
+
+    @staticmethod
+    def _add(values: Sequence[Tensor]) -> Tensor:
+        events = [tuple(v.shape[1:]) for v in values]
+        if any(event != events[0] for event in events):
+            raise ValueError(
+                f"The terms of a sum give events of shapes {', '.join(map(str, events))}; broadcasting would copy "
+                "entries, which no bound covers: give all terms the same number of features."
+            )
+        return reduce(torch.add, values)
 
 
 class Concatenation(Map):
@@ -151,11 +161,11 @@ class Concatenation(Map):
         return math.hypot(*[m.bound for m in self.maps]) if self.constant is None else self.constant
 
     def __call__(self, x: Tensor) -> Tensor:
-        return _cat([m(x) for m in self.maps], self.dim)
+        return self._join([m(x) for m in self.maps])
 
     def magnitude(self, x: Tensor) -> tuple[Tensor, Tensor]:
         values, sizes = zip(*[m.magnitude(x) for m in self.maps], strict=True)
-        value = _cat(list(values), self.dim)
+        value = self._join(values)
         return value, torch.maximum(norms(value), reduce(torch.maximum, sizes))
 
     def linearise(self, x: Tensor) -> Linearised:
@@ -167,13 +177,22 @@ class Concatenation(Map):
             return reduce(torch.add, [p.vjp(piece) for p, piece in zip(parts, pieces, strict=True)])
 
         return Linearised(
-            _cat([p.value for p in parts], self.dim),
+            self._join([p.value for p in parts]),
             lambda tangent: _cat([p.jvp(tangent) for p in parts], self.dim),
             vjp,
         )
 
     def rows(self, index: Tensor) -> Map:
         return Concatenation([m.rows(index) for m in self.maps], self.dim, self.constant)
+
+    def _join(self, values: Sequence[Tensor]) -> Tensor:
+        events = [tuple(v.shape[1:]) for v in values]
+        if any(len(event) != len(events[0]) or event[: self.dim] != events[0][: self.dim] for event in events):
+            raise ValueError(
+                f"The parts of a concatenation along dimension {self.dim} give events of shapes "
+                f"{', '.join(map(str, events))}; in front of that dimension they have to agree."
+            )
+        return _cat(values, self.dim)
 
 
 class Affine(Map):
@@ -319,7 +338,14 @@ class Shift(Map):
         self.shift = shift
 
     def __call__(self, x: Tensor) -> Tensor:
-        return x + per_sample(self.shift, x.ndim)
+        value = x + per_sample(self.shift, x.ndim)
+        if value.shape[1:] != x.shape[1:]:  # a batch of one row may meet many contexts
+            raise ValueError(
+                f"A context that enters with shape {tuple(self.shift.shape[1:])} does not fit into events of shape "
+                f"{tuple(x.shape[1:])}: broadcasting would copy entries, which no bound covers. Let the network of "
+                "AddContext give as many features as there are where it enters."
+            )
+        return value
 
     def linearise(self, x: Tensor) -> Linearised:
         return Linearised(self(x), lambda t: t, lambda v: v)
@@ -357,11 +383,20 @@ class Elementwise(Map):
         self.function, self.with_slope, self.ceiling = function, with_slope, ceiling
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.function(x)
+        return self._same(self.function(x), x)
 
     def linearise(self, x: Tensor) -> Linearised:
         value, slope = self.with_slope(x)
-        return Linearised(value, slope.mul, slope.mul)
+        return Linearised(self._same(value, x), slope.mul, slope.mul)
+
+    @staticmethod
+    def _same(value: Tensor, x: Tensor) -> Tensor:
+        if value.shape != x.shape:
+            raise ValueError(
+                f"An elementwise function of the branch made shape {tuple(value.shape)} of {tuple(x.shape)}; copied "
+                "entries are covered by no bound: give it as many features as its inputs have."
+            )
+        return value
 
 
 class Reshape(Map):
@@ -465,7 +500,7 @@ def _over_leading(product: Product, ndim: int) -> Product:
     return batched
 
 
-def _cat(pieces: list[Tensor], dim: int) -> Tensor:
+def _cat(pieces: Sequence[Tensor], dim: int) -> Tensor:
     """Concatenate along a negative dimension, broadcasting the dimensions in front of it."""
     leading = torch.broadcast_shapes(*[p.shape[:dim] for p in pieces])
     return torch.cat([p.expand(*leading, *p.shape[dim:]) for p in pieces], dim)
