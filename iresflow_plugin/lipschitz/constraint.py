@@ -106,11 +106,11 @@ class Spectral(Constraint):
     def _constrain(self, weight: Tensor, memory: _Memory) -> tuple[Tensor, Tensor | float]:
         if memory.norm is None:
             norm = torch.dot(memory.gradient.flatten(), _as_matrix(weight).flatten())
-            return weight * _shrink(norm, self.lipschitz).to(weight.dtype), norm
+            return _scaled(weight, _shrink(norm, self.lipschitz)), norm
         if memory.norm <= self.lipschitz:
             return weight, memory.norm
         norm = torch.dot(memory.gradient.view(-1), _as_matrix(weight).reshape(-1))
-        return weight * (self.lipschitz / norm).to(weight.dtype), memory.norm
+        return _scaled(weight, self.lipschitz / norm), memory.norm
 
     def _recall(self, weight: Tensor) -> _Memory:
         weight = weight.detach()
@@ -219,7 +219,7 @@ class Frobenius(Constraint):
         else:
             w = _as_matrix(weight)
             norm = matrix.frobenius_norm(w) * matrix.rounding_margin(w, stored=weight.dtype)
-        return weight * _shrink(norm, self.lipschitz).to(weight.dtype), norm
+        return _scaled(weight, _shrink(norm, self.lipschitz)), norm
 
 
 def spectral_penalty(module: nn.Module, strength: float = 1e-3) -> Tensor:
@@ -285,6 +285,11 @@ def _norm(weight: Tensor, operator: Convolution | None) -> Tensor:
 def _shrink(norm: Tensor, lipschitz: float) -> Tensor:
     """min(1, c / norm), whose gradient is finite where the norm is zero."""
     return torch.where(norm <= lipschitz, 1.0, lipschitz / norm.clamp_min(lipschitz))
+
+
+def _scaled(weight: Tensor, factor: Tensor) -> Tensor:
+    """Rounded to the weight's dtype once, at the end: in half precision a small factor has few digits, or none."""
+    return (_single(weight) * factor).to(weight.dtype)
 
 
 def _as_matrix(weight: Tensor) -> Tensor:

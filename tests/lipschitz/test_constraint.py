@@ -112,6 +112,23 @@ def test_half_precision_rounding_does_not_break_the_bound(constraint, dtype):
 
 
 @every_constraint
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=name)
+def test_factors_of_large_half_precision_weights_are_not_rounded(constraint, dtype):
+    """A factor of 1e-5 has few digits in float16, and none below 6e-8."""
+    for entry in torch.linspace(2e4, 6e4, 30).tolist():
+        for shape in ((64, 64), (3, 40)):
+            weight = torch.full(shape, entry, dtype=dtype)
+            layer = layer_with(constraint(0.97), weight)
+            for mode in (torch.enable_grad, torch.no_grad):
+                with mode():
+                    used = svd_norm(constraint(0.97).certify(weight)[0])
+                    assert max(svd_norm(layer.weight), used) <= 0.97
+                    mapped = torch.func.vmap(constraint(0.97))(weight[None])[0]  # its norm cannot be read
+                    assert svd_norm(mapped) <= 0.97
+            assert used >= 0.85
+
+
+@every_constraint
 def test_certificates_ignore_autocast_and_do_not_keep_its_errors(constraint):
     for seed in range(20):
         torch.manual_seed(seed)
