@@ -100,7 +100,8 @@ class Spectral(Constraint):
             return self._constrain(weight, memory)
         if memory.constrained is None:
             with torch.inference_mode(False), torch.no_grad():
-                memory.constrained = self._constrain(weight, memory)
+                # from the copy: a small weight stays as it is, and the caller's may change in place
+                memory.constrained = self._constrain(memory.weight, memory)
         return memory.constrained
 
     def _constrain(self, weight: Tensor, memory: _Memory) -> tuple[Tensor, Tensor | float]:

@@ -324,6 +324,32 @@ def test_the_memory_notices_one_changed_entry_and_a_changed_bound():
         assert lipschitz_bound(net).value <= 0.2
 
 
+@pytest.mark.parametrize("scale", [0.1, 10.0])
+@pytest.mark.parametrize("kind", ["dense", "convolution"])
+def test_the_memory_shares_nothing_with_tensors_of_others(kind, scale):
+    """functional_call may bring equal weights that belong to somebody else, who changes them in place later."""
+    layers = {"dense": nn.Linear(3, 3), "convolution": nn.Conv2d(3, 3, 3, padding=1)}
+    net = constrain(nn.Sequential(layers[kind]), 0.9)
+    x = torch.randn(2, 3) if kind == "dense" else torch.randn(2, 3, 4, 4)
+
+    class Evaluated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net
+
+        def forward(self, x: Tensor) -> Tensor:
+            return certify(self.net)(x)
+
+    scale_weights(net, scale)
+    theirs = {label: value.detach().clone() for label, value in Evaluated().named_parameters()}
+    with torch.no_grad():
+        functional = torch.func.functional_call(Evaluated(), theirs, (x,))
+        for value in theirs.values():
+            value.mul_(1000)
+        assert torch.equal(certify(net)(x), net(x))
+        assert torch.equal(certify(net)(x), functional)
+
+
 def test_training_goes_on_after_validation_in_inference_mode():
     """What was kept during inference_mode must not poison the next training step."""
     net = LipschitzMLP([2, 8, 2])
