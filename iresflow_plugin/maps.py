@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import reduce
 
@@ -479,6 +480,18 @@ class Endomap(Map):
                 "x + g(x) needs them equal."
             )
         return value
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast rounds the operands of products to where `x` lies; None if it is off."""
+    device = x.device.type
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if on else None
+
+
+def full_precision(x: Tensor) -> AbstractContextManager:
+    """Switches autocast off where `x` lies: products in half precision carry no certificate, and no solve."""
+    return nullcontext() if autocast_dtype(x) is None else torch.autocast(x.device.type, enabled=False)
 
 
 def is_plain(x: Tensor) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from iresflow_plugin.inverse.solve import Solution, Solver
-from iresflow_plugin.maps import Linearised, Map
+from iresflow_plugin.maps import Linearised, Map, full_precision
 
 
 def differentiable_solution(solver: Solver, g: Map, y: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ class _Implicit(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         (x,) = ctx.saved_tensors
-        with torch.no_grad():
+        with torch.no_grad(), full_precision(x):
             # Linear in v, so solved for unit vectors: a tolerance must not depend on the scale of the loss.
             v = grad_outputs[0]
             size = torch.linalg.vector_norm(v.flatten(1), dim=1).view(-1, *[1] * (v.ndim - 1))

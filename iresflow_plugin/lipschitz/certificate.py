@@ -281,7 +281,7 @@ def _(module: nn.Linear, context: Tensor | None = None) -> maps.Map:
     _check_unchanged(module, nn.Linear)
     stack = _parametrizations(module)
     if len(stack) != 1 or not isinstance(stack[0], Constraint):
-        weight = module.weight
+        weight = _weight_of(module)
         return maps.Affine(weight, module.bias, matrix.schatten_norm(weight), _ceiling(module))
     weight, bound = stack[0].certify(cast(Any, stack).original)
     return maps.Affine(weight, module.bias, bound, stack[0].lipschitz)
@@ -301,7 +301,7 @@ def _(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, context: Tensor | None = None) 
     if len(stack) == 1 and constraint is not None:
         weight, bound = constraint.certify(cast(Any, stack).original)
     else:
-        weight = module.weight
+        weight = _weight_of(module)
         bound = convolution.operator_norm(weight, operator)
     geometry = maps.Geometry(module.stride, module.dilation, module.groups, padding_of(module), module.padding_mode)
     return maps.Convolution(weight, module.bias, geometry, bound, _ceiling(module))
@@ -328,6 +328,14 @@ def _parametrizations(layer: nn.Module) -> Sequence[nn.Module]:
     if not parametrize.is_parametrized(layer, "weight"):
         return ()
     return cast(Sequence[nn.Module], cast(nn.ModuleDict, layer.parametrizations)["weight"])
+
+
+def _weight_of(layer: nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) -> Tensor:
+    """The weight in use, in the dtype of the raw one: under autocast a parametrization may multiply in another."""
+    weight, stack = layer.weight, _parametrizations(layer)
+    if not len(stack) or maps.autocast_dtype(weight) is None:
+        return weight
+    return weight.to(next(cast(nn.Module, stack).parameters(), weight).dtype)
 
 
 def _constraint_of(layer: nn.Module) -> Constraint | None:

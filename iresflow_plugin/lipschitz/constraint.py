@@ -29,7 +29,7 @@ from iresflow_plugin.lipschitz import convolution, matrix
 from iresflow_plugin.lipschitz.activations import Activation
 from iresflow_plugin.lipschitz.convolution import CONVOLUTIONS, Convolution
 from iresflow_plugin.lipschitz.modules import AddContext
-from iresflow_plugin.maps import is_plain
+from iresflow_plugin.maps import full_precision, is_plain
 
 
 class Constraint(nn.Module):
@@ -156,7 +156,7 @@ class AlmostOrthogonal(Constraint):
             return self._certify_convolution(weight, self.convolution)
         w = _as_matrix(weight)
         wide = w.shape[0] < w.shape[1]
-        with matrix.full_precision(w):
+        with full_precision(w):
             gram = w @ w.mT if wide else w.mT @ w
         scale = self._scale(gram.abs().sum(1), matrix.rounding_margin(w, stored=weight.dtype))
         scaled = w * (scale[:, None] if wide else scale)
@@ -164,7 +164,7 @@ class AlmostOrthogonal(Constraint):
 
     def _certify_convolution(self, weight: Tensor, operator: Convolution) -> tuple[Tensor, float]:
         kernel, sizes = operator.split(_single(weight))
-        with matrix.full_precision(kernel):
+        with full_precision(kernel):
             lags = convolution.gram_lags(kernel, sizes)
         margin = matrix.rounding_margin(kernel[0, :, :, 0], stored=weight.dtype, taps=kernel.shape[-1])
         scale = self._scale(lags.abs().sum((0, -1)), margin * operator.gain)
@@ -201,7 +201,7 @@ class Bjorck(Constraint):
         w = _as_matrix(weight)
         norm = matrix.schatten_norm(w)
         w = w / norm.clamp_min(1e-12)  # keeps the gradient at zero finite
-        with matrix.full_precision(w):
+        with full_precision(w):
             for _ in range(self.steps):
                 w = 1.5 * w - 0.5 * (w @ w.mT @ w if w.shape[0] < w.shape[1] else w @ (w.mT @ w))
         return (w * (self.lipschitz / matrix.rounding_margin(w, stored=weight.dtype))).to(weight.dtype).view_as(

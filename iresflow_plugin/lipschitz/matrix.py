@@ -15,12 +15,11 @@ real matrix and not only for exact arithmetic.
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
-from iresflow_plugin.maps import is_plain
+from iresflow_plugin.maps import full_precision, is_plain
 
 LOOSENESS = 1.04
 
@@ -35,14 +34,6 @@ def rounding_margin(weight: Tensor, stored: torch.dtype | None = None, taps: int
     if stored in (torch.float16, torch.bfloat16):
         margin *= 1.0 + 0.51 * torch.finfo(stored).eps * math.sqrt(min(weight.shape) * taps)
     return margin
-
-
-def full_precision(weight: Tensor) -> AbstractContextManager:
-    """Switches autocast off: products in half precision do not carry a certificate."""
-    device = weight.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return nullcontext()
 
 
 def spectral_norm(weight: Tensor) -> Tensor:
