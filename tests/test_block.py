@@ -34,6 +34,7 @@ from tests.helpers import (
     jacobian,
     linear_branch,
     log_det,
+    orthogonal,
     power_sum,
     raw_weights,
     scale_weights,
@@ -566,6 +567,20 @@ def test_autocast_keeps_its_promises():
     assert_close(block.inverse(block(x)[0])[0], x, 1e-4)
 
 
+@pytest.mark.parametrize("lipschitz", [0.97, 0.98, 0.99, 0.999])
+@pytest.mark.parametrize("size", [1, 4])
+def test_autocast_does_not_break_the_contraction(lipschitz, size):
+    """Rounded to bfloat16, 0.999 would be 1."""
+    layer = nn.Linear(size, size, bias=False)
+    layer.weight.data.fill_(-5.0)
+    block = ResidualBlock(constrain(nn.Sequential(layer), lipschitz), Exact())
+    x = torch.ones(1, size)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, value = block(x)
+        assert (y - x).norm() <= block.certificate().value * x.norm() <= lipschitz * x.norm()
+    assert torch.isfinite(value).all()
+
+
 @torch.no_grad()
 def loosened(net: nn.Module) -> nn.Module:
     """Weights of 0.9 times what they may have: no constraint binds, and no margin changes them."""
@@ -606,6 +621,16 @@ def test_autocast_there_and_back(label, solver, factor):
     assert_close(back, -there, 0, 0.2)
     assert_close(halves[0], x, 0, 0.2)
     assert {t.dtype for t in (back, *halves)} == {torch.float32}
+
+
+def test_autocast_inverts_its_own_forward_pass():
+    """Wide constrained weights are 3 % smaller under autocast, to leave room for its rounding: in both directions."""
+    net = linear_branch(orthogonal(64), 0.5, dtype=torch.float32)
+    block = ResidualBlock(net, Omitted())
+    x = torch.randn(20, 64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        z = block.inverse(block(x)[0])[0]
+    assert (z - x).norm() <= 0.005 * x.norm()
 
 
 @pytest.mark.parametrize("solver", [FixedPoint(), Anderson(), Newton(), Newton(dense=0)], ids=str)

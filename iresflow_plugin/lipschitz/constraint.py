@@ -29,7 +29,7 @@ from iresflow_plugin.lipschitz import convolution, matrix
 from iresflow_plugin.lipschitz.activations import Activation
 from iresflow_plugin.lipschitz.convolution import CONVOLUTIONS, Convolution
 from iresflow_plugin.lipschitz.modules import AddContext
-from iresflow_plugin.maps import full_precision, is_plain
+from iresflow_plugin.maps import autocast_dtype, full_precision, is_plain
 
 
 class Constraint(nn.Module):
@@ -73,6 +73,7 @@ class _Memory:
     weight: Tensor
     gradient: Tensor  # of the bound of its norm, raised by the rounding margin
     norm: float | None  # None if the numbers cannot be read now
+    autocast: torch.dtype | None = None  # for which that margin was made
     constrained: tuple[Tensor, Tensor | float] | None = None
 
 
@@ -80,8 +81,9 @@ class Spectral(Constraint):
     """W min(1, c / |W|_p) with the certified Schatten bound |W|_2 <= |W|_p <= 1.04 |W|_2 (arXiv 2305.16173).
 
     On the CPU the result is kept with a copy of the weight it was computed from and reused only while the weight
-    equals that copy entry by entry, so it cannot be stale; on a GPU the comparison would stall the queue, and it is
-    recomputed. First derivatives with respect to the weight only: the gradient of the norm holds still.
+    equals that copy entry by entry, and autocast is as it was, so it cannot be stale; on a GPU the comparison would
+    stall the queue, and it is recomputed. First derivatives with respect to the weight only: the gradient of the norm
+    holds still.
 
     Of a convolution the bound is that of `iresflow_plugin.lipschitz.convolution`: looser by at most `looseness`,
     from 1 % for few channels to 20 % for many, and its gradient is that at the frequency where the norm is largest.
@@ -117,12 +119,13 @@ class Spectral(Constraint):
         weight = weight.detach()
         if weight.device.type != "cpu" or torch.compiler.is_compiling() or not is_plain(weight):
             return _Memory(weight, self._gradient(weight), norm=None)
-        if self._memory is None or not _same(self._memory.weight, weight):
+        autocast = autocast_dtype(weight)
+        if self._memory is None or self._memory.autocast != autocast or not _same(self._memory.weight, weight):
             # what is kept may serve a training step next, which inference tensors cannot
             with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
                 gradient = self._gradient(weight)
                 norm = torch.dot(gradient.flatten(), _as_matrix(weight).flatten()).item()
-                self._memory = _Memory(weight.clone(), gradient, norm)
+                self._memory = _Memory(weight.clone(), gradient, norm, autocast)
         return self._memory
 
     def _gradient(self, weight: Tensor) -> Tensor:
@@ -215,11 +218,10 @@ class Frobenius(Constraint):
     def certify(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         if self.convolution is not None:
             kernel = self.convolution.split(_single(weight))[0].flatten(0, 1)
-            norm = torch.stack([matrix.frobenius_norm(tap) for tap in kernel.unbind(-1)]).sum() * self.convolution.gain
-            norm = norm * matrix.rounding_margin(kernel[:, :, 0], stored=weight.dtype, taps=kernel.shape[-1])
+            taps = [matrix.frobenius_norm(tap, weight.dtype, kernel.shape[-1]) for tap in kernel.unbind(-1)]
+            norm = torch.stack(taps).sum() * self.convolution.gain
         else:
-            w = _as_matrix(weight)
-            norm = matrix.frobenius_norm(w) * matrix.rounding_margin(w, stored=weight.dtype)
+            norm = matrix.frobenius_norm(_as_matrix(weight), stored=weight.dtype)
         return _scaled(weight, _shrink(norm, self.lipschitz)), norm
 
 

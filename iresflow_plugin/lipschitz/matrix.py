@@ -19,7 +19,7 @@ import math
 import torch
 from torch import Tensor
 
-from iresflow_plugin.maps import full_precision, is_plain
+from iresflow_plugin.maps import autocast_dtype, full_precision, is_plain
 
 LOOSENESS = 1.04
 
@@ -27,12 +27,15 @@ LOOSENESS = 1.04
 def rounding_margin(weight: Tensor, stored: torch.dtype | None = None, taps: int = 1) -> float:
     """Factor that covers the rounding of products, sums and roots over a matrix of this size and dtype.
 
-    With `stored`, also that of a scaled matrix kept in half precision: |fl(W) - W|_F <= eps / 2 |W|_F. With `taps`,
-    of a convolution with so many such matrices.
+    With `stored`, also that of a scaled matrix kept in half precision: |fl(W) - W|_F <= eps / 2 |W|_F. The same where
+    autocast will round a matrix in single precision before each product. With `taps`, of a convolution with so many
+    such matrices.
     """
     margin = 1.0 + 4 * max(weight.shape) * taps * torch.finfo(weight.dtype).eps
-    if stored in (torch.float16, torch.bfloat16):
-        margin *= 1.0 + 0.51 * torch.finfo(stored).eps * math.sqrt(min(weight.shape) * taps)
+    in_products = autocast_dtype(weight) if weight.dtype == torch.float32 else None
+    for dtype in (torch.float16, torch.bfloat16):
+        if dtype in (stored, in_products):
+            margin *= 1.0 + 0.51 * torch.finfo(dtype).eps * math.sqrt(min(weight.shape) * taps)
     return margin
 
 
@@ -41,10 +44,10 @@ def spectral_norm(weight: Tensor) -> Tensor:
     return torch.linalg.matrix_norm(weight, ord=2) * rounding_margin(weight)
 
 
-def frobenius_norm(weight: Tensor) -> Tensor:
-    """|W|_2 <= |W|_F = (sum W_ij^2)^(1/2)."""
+def frobenius_norm(weight: Tensor, stored: torch.dtype | None = None, taps: int = 1) -> Tensor:
+    """|W|_2 <= |W|_F = (sum W_ij^2)^(1/2); `stored` and `taps` as for `rounding_margin`."""
     size = largest_entry(weight)  # the squares themselves could overflow or underflow
-    return torch.linalg.vector_norm(weight / size) * size * rounding_margin(weight)
+    return torch.linalg.vector_norm(weight / size) * size * rounding_margin(weight, stored, taps)
 
 
 def row_column_norm(weight: Tensor) -> Tensor:

@@ -139,6 +139,25 @@ def test_certificates_ignore_autocast_and_do_not_keep_its_errors(constraint):
         assert svd_norm(layer.weight) <= 0.9
 
 
+@every_constraint
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=name)
+@pytest.mark.parametrize("bound", [0.97, 0.98, 0.999])
+def test_weights_obey_after_autocast_has_rounded_them(constraint, dtype, bound):
+    """Autocast rounds single precision before each product; entries of one sign and size leave no slack."""
+    for n, scale in ((1, 5.0), (4, 5.0), (4, 1e-2), (9, 0.3)):
+        weight = torch.full((n, n), -scale)
+        layer = layer_with(constraint(bound), weight)
+        for mode in (torch.enable_grad, torch.no_grad):
+            with mode():
+                plain = layer.weight
+                for _ in range(2):  # what was remembered outside does not count inside, nor the reverse
+                    with torch.autocast("cpu", dtype=dtype):
+                        assert svd_norm(layer.weight.to(dtype)) <= bound
+                        used, certified = layer.parametrizations.weight[0].certify(weight)
+                        assert svd_norm(used.to(dtype)) <= min(float(certified), bound)
+                    assert torch.equal(layer.weight, plain)
+
+
 @every_soft_one
 @given(weight=raw(), slack=st.sampled_from([1.2, 10.0]))
 def test_small_weights_are_left_as_they_are(constraint, weight, slack):

@@ -37,6 +37,7 @@ from tests.helpers import (
     raw_weights,
     scale_weights,
     seeds,
+    svd_norm,
     thorough,
 )
 
@@ -213,6 +214,23 @@ def test_half_precision_rounding_does_not_break_the_bound(constraint, dtype):
         assert torch.linalg.matrix_norm(operator_matrix(used, (3, 8, 8)), ord=2) <= 0.9
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert lipschitz_bound(net.float()).value <= 0.9
+
+
+@every_constraint
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=name)
+@pytest.mark.parametrize("channels, kernel", [(1, 1), (1, 3), (3, 3)])
+def test_kernels_obey_after_autocast_has_rounded_them(constraint, dtype, channels, kernel):
+    """Constrained or not: what autocast makes of a kernel is within the certificate under autocast."""
+    for bound in (0.97, 0.98, 0.999):
+        net = constrain(nn.Sequential(nn.Conv1d(channels, channels, kernel, bias=False)), bound, constraint)
+        free = nn.Sequential(nn.Conv1d(channels, channels, kernel, bias=False))
+        raw_weights(net)[0].data.fill_(-5.0)
+        free[0].weight.data.fill_(-(1 + torch.finfo(dtype).eps * 0.501))
+        for some, most in ((net, bound), (free, math.inf)):
+            with torch.autocast("cpu", dtype=dtype):
+                weight, certified = some[0].weight.detach().to(dtype), lipschitz_bound(some).value
+            # frequency zero, where all taps of one sign add up
+            assert svd_norm(weight.double().sum(-1)) <= min(certified, most)
 
 
 @every_constraint

@@ -121,5 +121,19 @@ def test_certificates_ignore_autocast():
     for _ in range(20):
         weight = torch.outer(torch.randn(16), torch.randn(16)) + 0.01 * torch.randn(16, 16)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            bound = schatten_norm(weight).item()
-        assert svd_norm(weight) <= bound <= 1.001 * svd_norm(weight)
+            bound, margin = schatten_norm(weight).item(), rounding_margin(weight)
+        assert svd_norm(weight) <= bound / margin * rounding_margin(weight) <= 1.001 * svd_norm(weight)
+
+
+@pytest.mark.parametrize("bound", CERTIFIED, ids=name)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_what_autocast_makes_of_a_matrix_is_covered(bound, dtype):
+    """Its entries are rounded before every product; float64 it leaves alone."""
+    for seed in range(20):
+        torch.manual_seed(seed)
+        u = torch.randint(1, 4, (6,)).float() * (1 + torch.finfo(dtype).eps / 2 * (1 + 1e-3))  # all are rounded up
+        for weight in (torch.outer(u, torch.ones(4)), 3 * torch.randn(5, 5)):
+            with torch.autocast("cpu", dtype=dtype):
+                value, double = bound(weight).item(), bound(weight.double()).item()
+            assert svd_norm(weight.to(dtype)) <= value <= (1 + 2 * torch.finfo(dtype).eps) * bound(weight).item()
+            assert double == bound(weight.double()).item()
