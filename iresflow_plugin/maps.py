@@ -42,6 +42,9 @@ class Map:
     """Base class. A leaf whose constant depends on no weight gives `ceiling` alone."""
 
     ceiling: float = math.inf
+    uses_functorch: bool = (
+        False  # whether `linearise` calls torch.func.vjp, here or in a map inside: no checkpoint goes around that
+    )
 
     @property
     def bound(self) -> float:
@@ -70,6 +73,7 @@ class Composition(Map):
     def __init__(self, maps: Sequence[Map]) -> None:
         self.maps = list(maps)
         self.ceiling = math.prod(m.ceiling for m in self.maps)
+        self.uses_functorch = any(m.uses_functorch for m in self.maps)
 
     @property
     def bound(self) -> float:
@@ -115,6 +119,7 @@ class Sum(Map):
     def __init__(self, maps: Sequence[Map]) -> None:
         self.maps = list(maps)
         self.ceiling = math.fsum(m.ceiling for m in self.maps)
+        self.uses_functorch = any(m.uses_functorch for m in self.maps)
 
     @property
     def bound(self) -> float:
@@ -156,6 +161,7 @@ class Concatenation(Map):
     def __init__(self, maps: Sequence[Map], dim: int, constant: float | None = None) -> None:
         self.maps, self.dim, self.constant = list(maps), dim, constant
         self.ceiling = math.hypot(*[m.ceiling for m in self.maps]) if constant is None else constant
+        self.uses_functorch = any(m.uses_functorch for m in self.maps)
 
     @property
     def bound(self) -> float:
@@ -204,7 +210,7 @@ class Affine(Map):
 
     @property
     def bound(self) -> float:
-        return min(float(self._bound.detach() if isinstance(self._bound, Tensor) else self._bound), self.ceiling)
+        return _least(self._bound, self.ceiling)
 
     def __call__(self, x: Tensor) -> Tensor:
         if x.shape[-1] != self.weight.shape[1]:
@@ -262,7 +268,7 @@ class Convolution(Map):
 
     @property
     def bound(self) -> float:
-        return min(float(self._bound.detach() if isinstance(self._bound, Tensor) else self._bound), self.ceiling)
+        return _least(self._bound, self.ceiling)
 
     def __call__(self, x: Tensor) -> Tensor:
         channels, d = self.weight.shape[1] * self.geometry.groups, len(self._inside)
@@ -424,6 +430,8 @@ class Reshape(Map):
 class Generic(Map):
     """Any torch function of (x) or (x, context), differentiated by torch.func: for modules that state a bound."""
 
+    uses_functorch = True
+
     def __init__(self, function: Callable[..., Tensor], bound: float, context: Tensor | None = None) -> None:
         self.function, self.ceiling, self.context = function, bound, context
 
@@ -451,7 +459,7 @@ class Endomap(Map):
     """g, checked to map events to events of the same shape, as x + g(x) needs."""
 
     def __init__(self, g: Map) -> None:
-        self.g, self.ceiling = g, g.ceiling
+        self.g, self.ceiling, self.uses_functorch = g, g.ceiling, g.uses_functorch
 
     @property
     def bound(self) -> float:
@@ -499,9 +507,32 @@ def is_plain(x: Tensor) -> bool:
     return not torch._C._functorch.is_functorch_wrapped_tensor(x)  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def is_readable(x: Tensor) -> bool:
+    """Whether a number of `x` can be read now: in torch.func.grad it can, in vmap it is many numbers."""
+    functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+    while not torch.compiler.is_compiling() and functorch.is_functorch_wrapped_tensor(x):
+        if functorch.is_batchedtensor(x):
+            return False
+        x = functorch.get_unwrapped(x)
+    return True
+
+
+def inside_functorch() -> bool:
+    """Whether a torch.func transform is running: it knows no saved-tensor hooks, of which checkpoints are made."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def norms(x: Tensor) -> Tensor:
     """2-norm per sample, shape (B,), in at least single precision."""
     return torch.linalg.vector_norm(x.flatten(1), dim=1, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def _least(bound: Tensor | float, ceiling: float) -> float:
+    if isinstance(bound, Tensor) and not is_readable(bound):
+        return ceiling  # that of all members of an ensemble
+    return min(float(bound.detach() if isinstance(bound, Tensor) else bound), ceiling)
 
 
 def _over_leading(product: Product, ndim: int) -> Product:

@@ -53,7 +53,7 @@ class _Transposed(Map):
     """u -> J^T u at x: linear in u, with the bound of g."""
 
     def __init__(self, g: Map, x: Tensor) -> None:
-        self.g, self.x, self.ceiling = g, x, g.ceiling
+        self.g, self.x, self.ceiling, self.uses_functorch = g, x, g.ceiling, g.uses_functorch
         self.at_x = g.linearise(x)
 
     @property
