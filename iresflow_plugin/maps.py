@@ -39,12 +39,13 @@ class Linearised:
 
 
 class Map:
-    """Base class. A leaf whose constant depends on no weight gives `ceiling` alone."""
+    """Base class. A leaf whose constant depends on no weight gives `ceiling` alone.
+
+    `uses_functorch` says that `linearise` calls torch.func.vjp, here or in a map inside, where no checkpoint may stand.
+    """
 
     ceiling: float = math.inf
-    uses_functorch: bool = (
-        False  # whether `linearise` calls torch.func.vjp, here or in a map inside: no checkpoint goes around that
-    )
+    uses_functorch: bool = False
 
     @property
     def bound(self) -> float:
