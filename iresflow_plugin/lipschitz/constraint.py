@@ -250,10 +250,13 @@ def install(layer: nn.Module, constraint: Constraint) -> None:
 
 
 def _reduce(layer: Any, protocol: int) -> str | tuple:
-    """As the plain layer with its raw weight, and the parametrizations of that."""
-    if set(layer.parametrizations) != {"weight"}:
+    """As the plain layer with its raw weight, and the constraints of that.
+
+    A parametrization of another kind keeps its raw weight in its own way, and may hold a part of the weight itself.
+    """
+    stack = layer.parametrizations["weight"] if "weight" in layer.parametrizations else ()
+    if len(layer.parametrizations) != 1 or not all(isinstance(part, Constraint) for part in stack):
         return object.__reduce_ex__(layer, protocol)  # torch's refusal
-    stack = layer.parametrizations["weight"]
     modules = {name: module for name, module in layer._modules.items() if name != "parametrizations"}
     parameters = {**layer._parameters, "weight": stack.original}
     state = {**layer.__dict__, "_modules": modules, "_parameters": parameters}

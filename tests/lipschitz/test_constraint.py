@@ -1,6 +1,7 @@
 """The weight in use obeys its bound whatever happens to the raw one, and nobody has to call anything."""
 
 import copy
+import io
 import math
 import pickle
 
@@ -9,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrizations, parametrize
 
 from iresflow_plugin.lipschitz import (
     AddContext,
@@ -407,6 +408,42 @@ def test_copies_are_independent_and_picklable(constraint):
         copied.lipschitz = 0.1
         assert svd_norm(copied(weight)) <= 0.1
     assert torch.equal(item(weight), used)
+
+
+@pytest.mark.parametrize(
+    "other, first",
+    [
+        (parametrizations.orthogonal, True),
+        (parametrizations.weight_norm, True),
+        (parametrizations.spectral_norm, True),
+        (parametrizations.spectral_norm, False),
+    ],
+)
+def test_what_other_parametrizations_hold_is_copied_or_refused_but_never_lost(other, first):
+    """torch refuses to pickle them; a layer that came back as another function would be worse."""
+    layer = nn.Linear(3, 3)
+    net = nn.Sequential(other(layer) if first else layer)
+    constrain(net, 0.9)
+    if not first:
+        other(layer)
+    layer.eval()  # torch's spectral_norm iterates in training
+    x = torch.randn(4, 3)
+    assert torch.equal(copy.deepcopy(net)(x), net(x))
+    with pytest.raises(RuntimeError, match="state_dict"):
+        pickle.dumps(net)
+    with pytest.raises(RuntimeError, match="state_dict"):
+        torch.save(net, io.BytesIO())
+
+
+def test_a_parametrized_bias_is_refused_and_two_constraints_are_kept():
+    biased = constrain(nn.Sequential(nn.Linear(3, 3)), 0.9)
+    parametrize.register_parametrization(biased[0], "bias", nn.Tanh())
+    with pytest.raises(RuntimeError, match="state_dict"):
+        pickle.dumps(biased)
+    twice = constrain(constrain(nn.Sequential(nn.Linear(3, 3)), 0.9), 0.5, Bjorck)
+    assert len(twice[0].parametrizations.weight) == 2
+    x = torch.randn(4, 3)
+    assert torch.equal(pickle.loads(pickle.dumps(twice))(x), twice(x))
 
 
 def test_state_dict_holds_weights_only():
