@@ -298,6 +298,8 @@ def _(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, context: Tensor | None = None) 
     operator, constraint, stack = Convolution.of(module), _constraint_of(module), _parametrizations(module)
     if constraint is not None and constraint.convolution != operator:  # someone has edited the layer since
         constraint.convolution = operator
+    if constraint is not None:
+        constraint.check(module)  # it may have been registered by hand
     if len(stack) == 1 and constraint is not None:
         weight, bound = constraint.certify(cast(Any, stack).original)
     else:

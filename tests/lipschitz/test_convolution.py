@@ -9,8 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
-from iresflow_plugin import NotContractiveError
+from iresflow_plugin import NotContractiveError, ResidualBlock
 from iresflow_plugin.lipschitz import (
     AlmostOrthogonal,
     Bjorck,
@@ -365,6 +366,16 @@ def test_what_else_is_refused():
 
     with pytest.raises(NotContractiveError, match="_conv_forward"):
         constrain(nn.Sequential(Mine(1, 1, 3)))
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=name)
+def test_bjorck_registered_by_hand_is_refused(kind):
+    """It would bound the reshaped kernel, and the operator may have a norm of up to the root of the taps times that."""
+    layer = kind(2, 2, 3, padding=1)
+    parametrize.register_parametrization(layer, "weight", Bjorck(0.9))
+    for attempt in (lipschitz_bound, ResidualBlock):
+        with pytest.raises(NotContractiveError, match=rf"{kind.__name__} at '0'.*Bjorck"):
+            attempt(nn.Sequential(layer))
 
 
 def test_a_changed_geometry_is_noticed():
