@@ -254,9 +254,10 @@ def _reduce(layer: Any, protocol: int) -> str | tuple:
 
     A parametrization of another kind keeps its raw weight in its own way, and may hold a part of the weight itself.
     """
-    stack = layer.parametrizations["weight"] if "weight" in layer.parametrizations else ()
-    if len(layer.parametrizations) != 1 or not all(isinstance(part, Constraint) for part in stack):
+    alone = set(layer.parametrizations) == {"weight"}
+    if not alone or not all(isinstance(part, Constraint) for part in layer.parametrizations["weight"]):
         return object.__reduce_ex__(layer, protocol)  # torch's refusal
+    stack = layer.parametrizations["weight"]
     modules = {name: module for name, module in layer._modules.items() if name != "parametrizations"}
     parameters = {**layer._parameters, "weight": stack.original}
     state = {**layer.__dict__, "_modules": modules, "_parameters": parameters}
