@@ -100,7 +100,10 @@ def rule_of(module: nn.Module) -> Callable[..., maps.Map]:
     Looked up in the registry: singledispatch itself keeps a cache by class, and every constrained layer has a class of
     its own, so that the cache changes under the eyes of torch.compile, which guards on it.
     """
-    return next(certify.registry[kind] for kind in type(module).__mro__ if kind in certify.registry)
+    kind = next(kind for kind in type(module).__mro__ if kind in certify.registry)
+    if _states_its_bound(module) and _replaces_forward(module, kind):
+        kind = object  # what the rule of its base knows does not hold, and it has said what does
+    return certify.registry[kind]
 
 
 def contraction(branch: nn.Module, context: Tensor | None = None) -> maps.Map:
@@ -226,7 +229,8 @@ def certify(module: nn.Module, context: Tensor | None = None) -> maps.Map:
     )
 
 
-@certify.register
+@certify.register(Chain)
+@certify.register(nn.Sequential)
 def _(module: nn.Sequential, context: Tensor | None = None) -> maps.Map:
     _check_unchanged(module, nn.Sequential, Chain)
     return maps.Composition([rule_of(part)(part, context) for part in module])
@@ -323,6 +327,11 @@ def _check_unchanged(module: nn.Module, *kinds: type[nn.Module]) -> None:
             "(torch.nn.utils.spectral_norm and weight_norm of the old kind work by hooks, too).",
             module,
         )
+
+
+def _replaces_forward(module: nn.Module, kind: type) -> bool:
+    """Whether its forward is not the one of the class that has a rule; activations all bring one, and their rule."""
+    return kind not in (object, Activation) and type(module).forward is not getattr(kind, "forward", None)
 
 
 def _parametrizations(layer: nn.Module) -> Sequence[nn.Module]:
