@@ -29,14 +29,27 @@ def rounding_margin(weight: Tensor, stored: torch.dtype | None = None, taps: int
 
     With `stored`, also that of a scaled matrix kept in half precision: |fl(W) - W|_F <= eps / 2 |W|_F. The same where
     autocast will round a matrix in single precision before each product. With `taps`, of a convolution with so many
-    such matrices.
+    such matrices. TF32 rounds operands to eleven bits, independently of each other, and sums in single precision.
     """
-    margin = 1.0 + 4 * max(weight.shape) * taps * torch.finfo(weight.dtype).eps
+    rounding = 4 * max(weight.shape) * taps * torch.finfo(weight.dtype).eps
+    if uses_tf32(weight):
+        rounding = max(rounding, 4 * 2.0**-10 * math.sqrt(max(weight.shape) * taps))
+    margin = 1.0 + rounding
     in_products = autocast_dtype(weight) if weight.dtype == torch.float32 else None
     for dtype in (torch.float16, torch.bfloat16):
         if dtype in (stored, in_products):
             margin *= 1.0 + 0.51 * torch.finfo(dtype).eps * math.sqrt(min(weight.shape) * taps)
     return margin
+
+
+def uses_tf32(weight: Tensor) -> bool:
+    """Whether products with this matrix are taken in TF32, as a GPU does when it was told that it may."""
+    if weight.device.type != "cuda" or weight.dtype != torch.float32:
+        return False
+    flags = torch.backends.cuda.matmul
+    if torch.compiler.is_compiling() or not hasattr(flags, "fp32_precision"):
+        return bool(flags.allow_tf32)
+    return flags.fp32_precision == "tf32"  # the older flag cannot be read once this has been set
 
 
 def spectral_norm(weight: Tensor) -> Tensor:
@@ -120,6 +133,7 @@ def largest_schatten_norm(gram: Tensor, looseness: float = LOOSENESS) -> Tensor:
                 upper = (norm.log() + log_scale) / exponent
                 leader = upper.argmax()
                 reached = _reached(gram[leader], power[leader]).clamp_min(tiny).log() - 1e-4
+                reached = torch.minimum(reached, upper[leader])  # it stays, however its products were rounded
                 keep = (~(upper < reached)).nonzero()[:, 0]  # NaN stays
                 if len(keep) < 0.8 * len(alive):
                     alive, gram, power, log_scale = (t[keep] for t in (alive, gram, power, log_scale))
