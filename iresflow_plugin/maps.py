@@ -10,7 +10,9 @@ times the call evaluates it. The log-det estimators and the solvers see a branch
     g.rows(index)           the same map for some rows of the batch
     g.magnitude(x)          the value, and how large the numbers are that are rounded on the way to it
 
-Everything is plain differentiable torch, so gradients flow to inputs, parameters and context, and torch.func works.
+Maps are plain differentiable torch, so gradients flow to inputs, parameters and context, and torch.func works. How
+often one may differentiate is up to what is built on them: of weights under `Spectral`, and of log-dets other than
+`Exact` and of inverses, there are first derivatives only.
 Tangents and cotangents may carry extra leading dimensions, (K, B, *event), and a batch dimension of 1 broadcasts.
 """
 

@@ -23,7 +23,8 @@ class PowerSeries:
 
     After k terms the rest is at most |v| |(J^T)^k v| L / ((k + 1)(1 - L)) by the block's certified bound L. What the
     vectors have in fact shrunk to is never more than the a-priori L^k |v|, so this is the smaller of the two bounds;
-    with a `tolerance` the series stops by it.
+    with a `tolerance` the series stops by it. First derivatives only; `Exact` may be differentiated twice with respect
+    to x.
 
     Args:
         terms: fixed number of terms; or
