@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from iresflow_plugin.inverse import Anderson, Solution, Solver, differentiable_solution
 from iresflow_plugin.lipschitz import Bound, contraction, lipschitz_bound
 from iresflow_plugin.log_det import BySize, Estimate, LogDet
-from iresflow_plugin.maps import Endomap, Map
+from iresflow_plugin.maps import Endomap, Map, autocast_dtype, full_precision
 
 DEFAULT_LOG_DET = BySize()
 DEFAULT_INVERSE = Anderson()
@@ -65,16 +65,21 @@ class ResidualBlock(nn.Module):
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x with x + g(x) = y and log |det dx/dy|, minus the estimator's value at x.
 
+        Under autocast it runs in full precision all the same, and gives tensors of the branch's dtype.
+
         Raises:
             NotConvergedError: if a sample could not be solved to the tolerance; says which, how far off, what to do.
         """
-        g = self._ready(y, context)
-        x = differentiable_solution(self.solver, g, y)
-        return x.clone(), -self.estimator(g, x).log_det  # a clone: the caller may change it in place
+        g, y = self._ready_to_solve(y, context)
+        with full_precision(y):
+            x = differentiable_solution(self.solver, g, y)
+            return x.clone(), -self.estimator(g, x).log_det  # a clone: the caller may change it in place
 
     def preimage(self, y: Tensor, context: Tensor | None = None) -> Tensor:
         """x with x + g(x) = y, differentiable as in `inverse`, without the log-det that mere samples do not need."""
-        return differentiable_solution(self.solver, self._ready(y, context), y).clone()
+        g, y = self._ready_to_solve(y, context)
+        with full_precision(y):
+            return differentiable_solution(self.solver, g, y).clone()
 
     def estimate(self, x: Tensor, context: Tensor | None = None) -> Estimate:
         """g(x) and the log-det at x with its standard error, remainder bound and number of terms."""
@@ -83,7 +88,9 @@ class ResidualBlock(nn.Module):
     def solve(self, y: Tensor, context: Tensor | None = None) -> Solution:
         """The solution for y with its certified error bound and evaluations, without gradients."""
         with torch.no_grad():
-            return self.solver.solve(self._ready(y, context), y)
+            g, y = self._ready_to_solve(y, context)
+            with full_precision(y):
+                return self.solver.solve(g, y)
 
     def certificate(self) -> Bound:
         """The certified bound of Lip(g) for the present weights."""
@@ -94,25 +101,41 @@ class ResidualBlock(nn.Module):
 
     def _ready(self, x: Tensor, context: Tensor | None) -> Map:
         """Check the inputs; compute weights and certificate, once for the whole call."""
+        self._check_inputs(x, context)
+        return Endomap(contraction(self.branch, context))
+
+    def _ready_to_solve(self, y: Tensor, context: Tensor | None) -> tuple[Map, Tensor]:
+        """As `_ready`, for a solve: under autocast it runs in full precision, in the dtype of the branch.
+
+        The weights are still those of the forward pass under autocast, whose certificate leaves room for rounding
+        them: others would make another function, and its inverse would be none of that pass.
+        """
+        self._check_inputs(y, context)
+        parameter = next(self.branch.parameters(), None)
+        if parameter is not None and autocast_dtype(y) is not None:
+            y, context = y.to(parameter.dtype), None if context is None else context.to(parameter.dtype)
+        return Endomap(contraction(self.branch, context)), y
+
+    def _check_inputs(self, x: Tensor, context: Tensor | None) -> None:
         self._check("inputs", x)
         if x.ndim < 2:
             raise ValueError(f"inputs must have shape (batch, *event), got {tuple(x.shape)}.")
-        if context is not None:
-            self._check("context", context)
-            if context.ndim < 2:
-                raise ValueError(f"context must have shape (batch, features), got {tuple(context.shape)}.")
-            if context.shape[0] not in (1, x.shape[0]):
-                raise ValueError(
-                    f"context must have one row, or as many rows as inputs ({x.shape[0]}), got {context.shape[0]}."
-                )
-        return Endomap(contraction(self.branch, context))
+        if context is None:
+            return
+        self._check("context", context)
+        if context.ndim < 2:
+            raise ValueError(f"context must have shape (batch, features), got {tuple(context.shape)}.")
+        if context.shape[0] not in (1, x.shape[0]):
+            raise ValueError(
+                f"context must have one row, or as many rows as inputs ({x.shape[0]}), got {context.shape[0]}."
+            )
 
     def _check(self, name: str, x: Tensor) -> None:
         _check_kind(name, x, Tensor)
         if not x.is_floating_point():
             raise TypeError(f"{name} must be a floating point tensor, got {x.dtype}.")
         parameter = next(self.branch.parameters(), None)
-        if parameter is not None and parameter.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        if parameter is not None and parameter.dtype != x.dtype and autocast_dtype(x) is None:
             raise TypeError(
                 f"{name} has dtype {x.dtype} and the branch {parameter.dtype}; convert one of them, "
                 f"for example {name}.to({parameter.dtype})."

@@ -10,7 +10,9 @@ times the call evaluates it. The log-det estimators and the solvers see a branch
     g.rows(index)           the same map for some rows of the batch
     g.magnitude(x)          the value, and how large the numbers are that are rounded on the way to it
 
-Everything is plain differentiable torch, so gradients flow to inputs, parameters and context, and torch.func works.
+Maps are plain differentiable torch, so gradients flow to inputs, parameters and context, and torch.func works. How
+often one may differentiate is up to what is built on them: of weights under `Spectral`, and of log-dets other than
+`Exact` and of inverses, there are first derivatives only.
 Tangents and cotangents may carry extra leading dimensions, (K, B, *event), and a batch dimension of 1 broadcasts.
 """
 
@@ -18,6 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import reduce
 
@@ -38,9 +41,13 @@ class Linearised:
 
 
 class Map:
-    """Base class. A leaf whose constant depends on no weight gives `ceiling` alone."""
+    """Base class. A leaf whose constant depends on no weight gives `ceiling` alone.
+
+    `uses_functorch` says that `linearise` calls torch.func.vjp, here or in a map inside, where no checkpoint may stand.
+    """
 
     ceiling: float = math.inf
+    uses_functorch: bool = False
 
     @property
     def bound(self) -> float:
@@ -69,6 +76,7 @@ class Composition(Map):
     def __init__(self, maps: Sequence[Map]) -> None:
         self.maps = list(maps)
         self.ceiling = math.prod(m.ceiling for m in self.maps)
+        self.uses_functorch = any(m.uses_functorch for m in self.maps)
 
     @property
     def bound(self) -> float:
@@ -114,29 +122,40 @@ class Sum(Map):
     def __init__(self, maps: Sequence[Map]) -> None:
         self.maps = list(maps)
         self.ceiling = math.fsum(m.ceiling for m in self.maps)
+        self.uses_functorch = any(m.uses_functorch for m in self.maps)
 
     @property
     def bound(self) -> float:
         return math.fsum(m.bound for m in self.maps)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return reduce(torch.add, [m(x) for m in self.maps])
+        return self._add([m(x) for m in self.maps])
 
     def magnitude(self, x: Tensor) -> tuple[Tensor, Tensor]:
         values, sizes = zip(*[m.magnitude(x) for m in self.maps], strict=True)  # large values may cancel
-        value = reduce(torch.add, values)
+        value = self._add(values)
         return value, torch.maximum(norms(value), reduce(torch.maximum, sizes))
 
     def linearise(self, x: Tensor) -> Linearised:
         parts = [m.linearise(x) for m in self.maps]
         return Linearised(
-            reduce(torch.add, [p.value for p in parts]),
+            self._add([p.value for p in parts]),
             lambda tangent: reduce(torch.add, [p.jvp(tangent) for p in parts]),
             lambda cotangent: reduce(torch.add, [p.vjp(cotangent) for p in parts]),
         )
 
     def rows(self, index: Tensor) -> Map:
         return Sum([m.rows(index) for m in self.maps])
+
+    @staticmethod
+    def _add(values: Sequence[Tensor]) -> Tensor:
+        events = [tuple(v.shape[1:]) for v in values]
+        if any(event != events[0] for event in events):
+            raise ValueError(
+                f"The terms of a sum give events of shapes {', '.join(map(str, events))}; broadcasting would copy "
+                "entries, which no bound covers: give all terms the same number of features."
+            )
+        return reduce(torch.add, values)
 
 
 class Concatenation(Map):
@@ -145,17 +164,18 @@ class Concatenation(Map):
     def __init__(self, maps: Sequence[Map], dim: int, constant: float | None = None) -> None:
         self.maps, self.dim, self.constant = list(maps), dim, constant
         self.ceiling = math.hypot(*[m.ceiling for m in self.maps]) if constant is None else constant
+        self.uses_functorch = any(m.uses_functorch for m in self.maps)
 
     @property
     def bound(self) -> float:
         return math.hypot(*[m.bound for m in self.maps]) if self.constant is None else self.constant
 
     def __call__(self, x: Tensor) -> Tensor:
-        return _cat([m(x) for m in self.maps], self.dim)
+        return self._join([m(x) for m in self.maps])
 
     def magnitude(self, x: Tensor) -> tuple[Tensor, Tensor]:
         values, sizes = zip(*[m.magnitude(x) for m in self.maps], strict=True)
-        value = _cat(list(values), self.dim)
+        value = self._join(values)
         return value, torch.maximum(norms(value), reduce(torch.maximum, sizes))
 
     def linearise(self, x: Tensor) -> Linearised:
@@ -167,13 +187,22 @@ class Concatenation(Map):
             return reduce(torch.add, [p.vjp(piece) for p, piece in zip(parts, pieces, strict=True)])
 
         return Linearised(
-            _cat([p.value for p in parts], self.dim),
+            self._join([p.value for p in parts]),
             lambda tangent: _cat([p.jvp(tangent) for p in parts], self.dim),
             vjp,
         )
 
     def rows(self, index: Tensor) -> Map:
         return Concatenation([m.rows(index) for m in self.maps], self.dim, self.constant)
+
+    def _join(self, values: Sequence[Tensor]) -> Tensor:
+        events = [tuple(v.shape[1:]) for v in values]
+        if any(len(event) != len(events[0]) or event[: self.dim] != events[0][: self.dim] for event in events):
+            raise ValueError(
+                f"The parts of a concatenation along dimension {self.dim} give events of shapes "
+                f"{', '.join(map(str, events))}; in front of that dimension they have to agree."
+            )
+        return _cat(values, self.dim)
 
 
 class Affine(Map):
@@ -184,7 +213,7 @@ class Affine(Map):
 
     @property
     def bound(self) -> float:
-        return min(float(self._bound.detach() if isinstance(self._bound, Tensor) else self._bound), self.ceiling)
+        return _least(self._bound, self.ceiling)
 
     def __call__(self, x: Tensor) -> Tensor:
         if x.shape[-1] != self.weight.shape[1]:
@@ -242,7 +271,7 @@ class Convolution(Map):
 
     @property
     def bound(self) -> float:
-        return min(float(self._bound.detach() if isinstance(self._bound, Tensor) else self._bound), self.ceiling)
+        return _least(self._bound, self.ceiling)
 
     def __call__(self, x: Tensor) -> Tensor:
         channels, d = self.weight.shape[1] * self.geometry.groups, len(self._inside)
@@ -319,7 +348,14 @@ class Shift(Map):
         self.shift = shift
 
     def __call__(self, x: Tensor) -> Tensor:
-        return x + per_sample(self.shift, x.ndim)
+        value = x + per_sample(self.shift, x.ndim)
+        if value.shape[1:] != x.shape[1:]:  # a batch of one row may meet many contexts
+            raise ValueError(
+                f"A context that enters with shape {tuple(self.shift.shape[1:])} does not fit into events of shape "
+                f"{tuple(x.shape[1:])}: broadcasting would copy entries, which no bound covers. Let the network of "
+                "AddContext give as many features as there are where it enters."
+            )
+        return value
 
     def linearise(self, x: Tensor) -> Linearised:
         return Linearised(self(x), lambda t: t, lambda v: v)
@@ -357,11 +393,20 @@ class Elementwise(Map):
         self.function, self.with_slope, self.ceiling = function, with_slope, ceiling
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.function(x)
+        return self._same(self.function(x), x)
 
     def linearise(self, x: Tensor) -> Linearised:
         value, slope = self.with_slope(x)
-        return Linearised(value, slope.mul, slope.mul)
+        return Linearised(self._same(value, x), slope.mul, slope.mul)
+
+    @staticmethod
+    def _same(value: Tensor, x: Tensor) -> Tensor:
+        if value.shape != x.shape:
+            raise ValueError(
+                f"An elementwise function of the branch made shape {tuple(value.shape)} of {tuple(x.shape)}; copied "
+                "entries are covered by no bound: give it as many features as its inputs have."
+            )
+        return value
 
 
 class Reshape(Map):
@@ -387,6 +432,8 @@ class Reshape(Map):
 
 class Generic(Map):
     """Any torch function of (x) or (x, context), differentiated by torch.func: for modules that state a bound."""
+
+    uses_functorch = True
 
     def __init__(self, function: Callable[..., Tensor], bound: float, context: Tensor | None = None) -> None:
         self.function, self.ceiling, self.context = function, bound, context
@@ -415,7 +462,7 @@ class Endomap(Map):
     """g, checked to map events to events of the same shape, as x + g(x) needs."""
 
     def __init__(self, g: Map) -> None:
-        self.g, self.ceiling = g, g.ceiling
+        self.g, self.ceiling, self.uses_functorch = g, g.ceiling, g.uses_functorch
 
     @property
     def bound(self) -> float:
@@ -446,14 +493,49 @@ class Endomap(Map):
         return value
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast rounds the operands of products to where `x` lies; None if it is off."""
+    device = x.device.type
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if on else None
+
+
+def full_precision(x: Tensor) -> AbstractContextManager:
+    """Switches autocast off where `x` lies: products in half precision carry no certificate, and no solve."""
+    return nullcontext() if autocast_dtype(x) is None else torch.autocast(x.device.type, enabled=False)
+
+
 def is_plain(x: Tensor) -> bool:
     """Whether the entries can be read now; inside torch.func transforms they cannot."""
     return not torch._C._functorch.is_functorch_wrapped_tensor(x)  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def is_readable(x: Tensor) -> bool:
+    """Whether a number of `x` can be read now: in torch.func.grad it can, in vmap it is many numbers."""
+    functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+    while not torch.compiler.is_compiling() and functorch.is_functorch_wrapped_tensor(x):
+        if functorch.is_batchedtensor(x):
+            return False
+        x = functorch.get_unwrapped(x)
+    return True
+
+
+def inside_functorch() -> bool:
+    """Whether a torch.func transform is running: it knows no saved-tensor hooks, of which checkpoints are made."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def norms(x: Tensor) -> Tensor:
     """2-norm per sample, shape (B,), in at least single precision."""
     return torch.linalg.vector_norm(x.flatten(1), dim=1, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def _least(bound: Tensor | float, ceiling: float) -> float:
+    if isinstance(bound, Tensor) and not is_readable(bound):
+        return ceiling  # that of all members of an ensemble
+    return min(float(bound.detach() if isinstance(bound, Tensor) else bound), ceiling)
 
 
 def _over_leading(product: Product, ndim: int) -> Product:
@@ -465,7 +547,7 @@ def _over_leading(product: Product, ndim: int) -> Product:
     return batched
 
 
-def _cat(pieces: list[Tensor], dim: int) -> Tensor:
+def _cat(pieces: Sequence[Tensor], dim: int) -> Tensor:
     """Concatenate along a negative dimension, broadcasting the dimensions in front of it."""
     leading = torch.broadcast_shapes(*[p.shape[:dim] for p in pieces])
     return torch.cat([p.expand(*leading, *p.shape[dim:]) for p in pieces], dim)

@@ -13,14 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, vmap
+from torch.nn.utils import parametrizations, parametrize
 
 import iresflow_plugin
 from iresflow_plugin import NotContractiveError, NotConvergedError, ResidualBlock, using
 from iresflow_plugin.block import as_block
 from iresflow_plugin.inverse import Anderson, FixedPoint, Newton
-from iresflow_plugin.lipschitz import Chain, Concatenate, Scale, Sum, constrain, lipschitz_bound
+from iresflow_plugin.lipschitz import AddContext, Chain, Concatenate, Scale, Sum, constrain, lipschitz_bound
 from iresflow_plugin.log_det import BySize, Exact, Omitted, Orthogonal, PowerSeries, RussianRoulette
-from iresflow_plugin.nets import LipschitzMLP
+from iresflow_plugin.nets import LipschitzConvNet, LipschitzMLP
 from tests.helpers import (
     EPS,
     align,
@@ -33,6 +34,7 @@ from tests.helpers import (
     jacobian,
     linear_branch,
     log_det,
+    orthogonal,
     power_sum,
     raw_weights,
     scale_weights,
@@ -563,6 +565,95 @@ def test_autocast_keeps_its_promises():
         assert block.certificate().value <= 0.9
     assert_close(y, block(x)[0], 0.05)
     assert_close(block.inverse(block(x)[0])[0], x, 1e-4)
+
+
+@pytest.mark.parametrize("lipschitz", [0.97, 0.98, 0.99, 0.999])
+@pytest.mark.parametrize("size", [1, 4])
+def test_autocast_does_not_break_the_contraction(lipschitz, size):
+    """Rounded to bfloat16, 0.999 would be 1."""
+    layer = nn.Linear(size, size, bias=False)
+    layer.weight.data.fill_(-5.0)
+    block = ResidualBlock(constrain(nn.Sequential(layer), lipschitz), Exact())
+    x = torch.ones(1, size)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, value = block(x)
+        assert (y - x).norm() <= block.certificate().value * x.norm() <= lipschitz * x.norm()
+    assert torch.isfinite(value).all()
+
+
+@torch.no_grad()
+def loosened(net: nn.Module) -> nn.Module:
+    """Weights of 0.9 times what they may have: no constraint binds, and no margin changes them."""
+    for part in net.modules():
+        if parametrize.is_parametrized(part, "weight"):
+            item = part.parametrizations.weight[0]
+            raw = part.parametrizations.weight.original
+            raw.mul_(0.9 * item.lipschitz / item.certify(raw)[1])
+    return net
+
+
+UNDER_AUTOCAST = {
+    "mlp": (lambda: LipschitzMLP([3, 16, 16, 3], 2, activation=gentle_sine), (6, 3)),
+    "conv": (lambda: LipschitzConvNet([2, 8, 2], context_features=2, activation=nn.ELU), (6, 2, 3, 3)),
+    "orthogonal": (
+        lambda: constrain(Chain(AddContext(nn.Linear(2, 3)), parametrizations.orthogonal(nn.Linear(3, 3)), nn.Tanh())),
+        (6, 3),
+    ),
+}
+
+
+@pytest.mark.parametrize("solver", [FixedPoint(), Anderson(), Newton(), Newton(dense=0)], ids=str)
+@pytest.mark.parametrize("label", UNDER_AUTOCAST)
+@pytest.mark.parametrize("factor", [1.0, 20.0])
+def test_autocast_there_and_back(label, solver, factor):
+    """Solves converge, to what the forward pass under autocast inverts; whatever the dtype of the outputs of others."""
+    make, shape = UNDER_AUTOCAST[label]
+    block = ResidualBlock(scale_weights(make(), factor), Exact(), solver)
+    x, context = torch.randn(shape), torch.randn(6, 2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, there = block(x, context)
+        z, back = block.inverse(y, context)
+        others = block.preimage(y, context), block.solve(y, context).x
+        halves = block.inverse(y.bfloat16(), context.bfloat16())
+    for tensor in (z, *others):
+        assert_close(tensor, x, 0, 0.1)
+        assert tensor.dtype == torch.float32
+    assert_close(back, -there, 0, 0.2)
+    assert_close(halves[0], x, 0, 0.2)
+    assert {t.dtype for t in (back, *halves)} == {torch.float32}
+
+
+def test_autocast_inverts_its_own_forward_pass():
+    """Wide constrained weights are 3 % smaller under autocast, to leave room for its rounding: in both directions."""
+    net = linear_branch(orthogonal(64), 0.5, dtype=torch.float32)
+    block = ResidualBlock(net, Omitted())
+    x = torch.randn(20, 64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        z = block.inverse(block(x)[0])[0]
+    assert (z - x).norm() <= 0.005 * x.norm()
+
+
+@pytest.mark.parametrize("solver", [FixedPoint(), Anderson(), Newton(), Newton(dense=0)], ids=str)
+@pytest.mark.parametrize("label", ["mlp", "conv"])
+def test_autocast_changes_no_digit_of_an_inverse(label, solver):
+    """Values and gradients of solve and log-det are those without autocast, where it changes no weight."""
+    make, shape = UNDER_AUTOCAST[label]
+    net = loosened(make())
+    for part in net.modules():
+        if isinstance(part, AddContext):  # the networks of the context do run in half precision
+            part.network.requires_grad_(False).weight.zero_()
+    block = ResidualBlock(net, Exact(), solver)
+    y, context = torch.randn(shape).requires_grad_(), torch.randn(6, 2)
+    learnt = [p for p in block.parameters() if p.requires_grad]
+    found = []
+    for on in (True, False):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=on):
+            x, back = block.inverse(y, context)
+            (inside,) = torch.autograd.grad(block.preimage(y, context).square().sum(), y)  # as nobody should
+        found.append([x, back, inside, *torch.autograd.grad(x.square().sum() + back.sum(), [y, *learnt])])
+    assert all(t.dtype == torch.float32 for t in found[0])
+    for one, other in zip(*found, strict=True):
+        assert_close(one, other, 1e-4, 1e-4)
 
 
 def test_deepcopy_and_pickle():

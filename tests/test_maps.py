@@ -8,7 +8,7 @@ from hypothesis import given
 from torch import Tensor, nn
 
 from iresflow_plugin import maps
-from iresflow_plugin.lipschitz import MaxMin, SinCos, certify
+from iresflow_plugin.lipschitz import AddContext, MaxMin, SinCos, Sine, Sum, certify
 from tests.helpers import assert_close, branches, call, svd_norm
 
 
@@ -166,3 +166,72 @@ def test_whole_branches_agree_with_their_modules(branch_and_size):
     tolerance = 1e-4 if dtype == torch.float32 else 1e-11
     assert_close(certify(branch, context)(x), call(branch, x, context), tolerance, tolerance)
     assert_close(certify(branch, context).linearise(x).value, call(branch, x, context), tolerance, tolerance)
+
+
+# ----------------------------------------------------- broadcasting inside an event copies entries: no bound covers it
+
+
+def widened(width: int) -> dict[str, maps.Map]:
+    """Maps made for events of `width` features, which would copy narrower ones."""
+    weights = torch.ones(1, 1, 1).double(), torch.ones(width, 1, 1).double()
+    geometry = maps.Geometry((1,), (1,), 1, ((0, 0),), "zeros")
+    one, many = (maps.Convolution(w, None, geometry, 1.0, 1.0) for w in weights)
+    return {
+        "Elementwise": certify(Sine(width).double()),
+        "Circle": certify(SinCos(width).double()),
+        "Shift": maps.Shift(torch.randn(5, width).double()),
+        "Shift of one row": maps.Shift(torch.randn(1, width).double()),
+        "Sum": maps.Sum([maps.Scaling(1.0, 1.0), affine(width, 1)]),
+        "nested": maps.Composition([maps.Endomap(maps.Composition([certify(Sine(width).double())]))]),
+        "Concatenation": maps.Composition(
+            [maps.Reshape(nn.Unflatten(1, (1, 1))), maps.Concatenation([one, many], -1)],
+        ),
+    }
+
+
+@pytest.mark.parametrize("label", widened(8))
+@pytest.mark.parametrize("use", [maps.Map.__call__, maps.Map.linearise, maps.Map.magnitude], ids=lambda f: f.__name__)
+def test_copied_entries_are_refused_with_the_numbers(label, use):
+    """Eight copies of one feature have Lipschitz constant sqrt(8), whatever is done to each."""
+    for width in (2, 8):
+        with pytest.raises(ValueError, match=rf"{width}.*(features|agree)"):
+            getattr(widened(width)[label], use.__name__)(torch.randn(5, 1, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("use", [maps.Map.__call__, maps.Map.linearise, maps.Map.magnitude], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("width", [1, 3, 5])
+def test_pairs_of_an_odd_number_are_refused(use, width):
+    with pytest.raises(ValueError, match=rf"even.*{width}"):
+        getattr(certify(MaxMin(2)), use.__name__)(torch.randn(4, width))
+
+
+def test_one_row_may_still_meet_many_contexts():
+    g = maps.Composition([maps.Shift(torch.randn(5, 4).double()), sine()])
+    x = torch.randn(1, 4, dtype=torch.float64)
+    assert_close(g(x), g(x.expand(5, 4)), 1e-14)
+    both = maps.Sum([g, maps.Scaling(0.5, 0.5)])
+    assert_close(both(x), both(x.expand(5, 4)), 1e-14)
+    beside = maps.Concatenation([g, maps.Scaling(0.5, 0.5)], -1)
+    assert_close(beside(x), beside(x.expand(5, 4)), 1e-14)
+
+
+@pytest.mark.parametrize(
+    "module, features",
+    [
+        (Sine(8), 1),
+        (SinCos(8), 1),
+        (AddContext(nn.Linear(2, 8)), 1),
+        (Sum(nn.Linear(1, 1), nn.Linear(1, 8)), 1),
+        (MaxMin(), 3),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_plain_modules_refuse_as_well(module, features):
+    """What is certified is the module, too, and not only its `Map`."""
+    x = torch.randn(8, features)
+    context = (torch.randn(8, 2),) if isinstance(module, AddContext) else ()
+    with pytest.raises((ValueError, RuntimeError)):
+        module(x, *context)
+    if not context:
+        with pytest.raises(ValueError):
+            certify(module)(x)

@@ -25,7 +25,9 @@ class ResidualTransform(Transform):
         context: shape (C,) for all samples, or (..., C), which broadcasts with the batch of the inputs.
         event_dim: how many of the last dimensions of inputs are one sample: 1 for vectors, 3 for images.
         cache_size: 1 keeps the latest pair (x, y) and its log-det, as in every torch transform: then `rsample` followed
-            by `log_prob` solves once. 0 forgets a log-det as soon as it has been handed out.
+            by `log_prob` solves once. It knows nothing of weights: a tensor whose density was asked for before they
+            changed gets the same density again, and torch has no way to clear a cache; take 0 there, which forgets a
+            log-det as soon as it has been handed out.
 
     Any number of batch dimensions, also none. The parameters are those of `transform.block`, an `nn.Module`.
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from iresflow_plugin.inverse.solve import Solution, Solver
-from iresflow_plugin.maps import Linearised, Map
+from iresflow_plugin.maps import Linearised, Map, full_precision
 
 
 def differentiable_solution(solver: Solver, g: Map, y: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ class _Implicit(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         (x,) = ctx.saved_tensors
-        with torch.no_grad():
+        with torch.no_grad(), full_precision(x):
             # Linear in v, so solved for unit vectors: a tolerance must not depend on the scale of the loss.
             v = grad_outputs[0]
             size = torch.linalg.vector_norm(v.flatten(1), dim=1).view(-1, *[1] * (v.ndim - 1))
@@ -53,7 +53,7 @@ class _Transposed(Map):
     """u -> J^T u at x: linear in u, with the bound of g."""
 
     def __init__(self, g: Map, x: Tensor) -> None:
-        self.g, self.x, self.ceiling = g, x, g.ceiling
+        self.g, self.x, self.ceiling, self.uses_functorch = g, x, g.ceiling, g.uses_functorch
         self.at_x = g.linearise(x)
 
     @property

@@ -73,6 +73,16 @@ class _Periodic(Activation):
         """w, in radians per unit of x, shape (features, 1, ...)."""
         return self.log_frequency.exp()
 
+    def angle(self, x: Tensor, w: Tensor) -> Tensor:
+        """w x, entry by entry: an input that frequencies would copy is longer than before, and refused."""
+        angle = w * x
+        if angle.shape != x.shape:
+            raise ValueError(
+                f"{type(self).__name__} has {self.shape[0]} frequencies along dimension {self.dim}, and its inputs "
+                f"have shape {tuple(x.shape)}: build it with their features and spatial_dims."
+            )
+        return angle
+
 
 class Sine(_Periodic):
     """sin(w x) / w with a learnable frequency w > 0 per feature (Sitzmann et al. 2020, arXiv 2006.09661).
@@ -88,11 +98,11 @@ class Sine(_Periodic):
 
     def forward(self, x: Tensor) -> Tensor:
         w = self.frequency
-        return torch.sin(w * x) / w
+        return torch.sin(self.angle(x, w)) / w
 
     def slope(self, x: Tensor) -> tuple[Tensor, Tensor]:
         w = self.frequency
-        angle = w * x
+        angle = self.angle(x, w)
         return torch.sin(angle) / w, torch.cos(angle)
 
 
@@ -110,7 +120,7 @@ class SinCos(_Periodic):
 
     def forward(self, x: Tensor) -> Tensor:
         w = self.frequency
-        angle = w * x
+        angle = self.angle(x, w)
         return torch.cat([torch.sin(angle) / w, torch.cos(angle) / w], self.dim)
 
     def as_map(self) -> Map:
@@ -130,7 +140,7 @@ class _Circle(Map):
 
     def linearise(self, x: Tensor) -> Linearised:
         dim, w = self.module.dim, self.module.frequency
-        angle = w * x
+        angle = self.module.angle(x, w)
         sin, cos = torch.sin(angle), torch.cos(angle)
 
         def jvp(tangent: Tensor) -> Tensor:
@@ -224,8 +234,18 @@ class MaxMin(Activation):
             raise ValueError(f"MaxMin sorts pairs and needs an even number of features, got {features}.")
 
     def forward(self, x: Tensor) -> Tensor:
-        a, b = x.chunk(2, self.dim)
+        a, b = self.halves(x)
         return torch.cat([torch.maximum(a, b), torch.minimum(a, b)], self.dim)
+
+    def halves(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The first and the second of every pair; of unequal halves one would be copied to meet the other."""
+        if x.shape[self.dim] % 2:
+            raise ValueError(
+                f"MaxMin sorts pairs along dimension {self.dim} and needs an even number of features there, got inputs "
+                f"of shape {tuple(x.shape)}: make the layer in front of it one feature wider."
+            )
+        a, b = x.chunk(2, self.dim)
+        return a, b
 
     def as_map(self) -> Map:
         return _Sort(self)
@@ -244,7 +264,7 @@ class _Sort(Map):
 
     def linearise(self, x: Tensor) -> Linearised:
         dim = self.module.dim
-        a, b = x.chunk(2, dim)
+        a, b = self.module.halves(x)
         keep = a >= b
 
         def swap(t: Tensor) -> Tensor:

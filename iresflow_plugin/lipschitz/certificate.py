@@ -100,7 +100,10 @@ def rule_of(module: nn.Module) -> Callable[..., maps.Map]:
     Looked up in the registry: singledispatch itself keeps a cache by class, and every constrained layer has a class of
     its own, so that the cache changes under the eyes of torch.compile, which guards on it.
     """
-    return next(certify.registry[kind] for kind in type(module).__mro__ if kind in certify.registry)
+    kind = next(kind for kind in type(module).__mro__ if kind in certify.registry)
+    if _states_its_bound(module) and _replaces_forward(module, kind):
+        kind = object  # what the rule of its base knows does not hold, and it has said what does
+    return certify.registry[kind]
 
 
 def contraction(branch: nn.Module, context: Tensor | None = None) -> maps.Map:
@@ -226,7 +229,8 @@ def certify(module: nn.Module, context: Tensor | None = None) -> maps.Map:
     )
 
 
-@certify.register
+@certify.register(Chain)
+@certify.register(nn.Sequential)
 def _(module: nn.Sequential, context: Tensor | None = None) -> maps.Map:
     _check_unchanged(module, nn.Sequential, Chain)
     return maps.Composition([rule_of(part)(part, context) for part in module])
@@ -281,7 +285,7 @@ def _(module: nn.Linear, context: Tensor | None = None) -> maps.Map:
     _check_unchanged(module, nn.Linear)
     stack = _parametrizations(module)
     if len(stack) != 1 or not isinstance(stack[0], Constraint):
-        weight = module.weight
+        weight = _weight_of(module)
         return maps.Affine(weight, module.bias, matrix.schatten_norm(weight), _ceiling(module))
     weight, bound = stack[0].certify(cast(Any, stack).original)
     return maps.Affine(weight, module.bias, bound, stack[0].lipschitz)
@@ -298,10 +302,12 @@ def _(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, context: Tensor | None = None) 
     operator, constraint, stack = Convolution.of(module), _constraint_of(module), _parametrizations(module)
     if constraint is not None and constraint.convolution != operator:  # someone has edited the layer since
         constraint.convolution = operator
+    if constraint is not None:
+        constraint.check(module)  # it may have been registered by hand
     if len(stack) == 1 and constraint is not None:
         weight, bound = constraint.certify(cast(Any, stack).original)
     else:
-        weight = module.weight
+        weight = _weight_of(module)
         bound = convolution.operator_norm(weight, operator)
     geometry = maps.Geometry(module.stride, module.dilation, module.groups, padding_of(module), module.padding_mode)
     return maps.Convolution(weight, module.bias, geometry, bound, _ceiling(module))
@@ -323,11 +329,24 @@ def _check_unchanged(module: nn.Module, *kinds: type[nn.Module]) -> None:
         )
 
 
+def _replaces_forward(module: nn.Module, kind: type) -> bool:
+    """Whether its forward is not the one of the class that has a rule; activations all bring one, and their rule."""
+    return kind not in (object, Activation) and type(module).forward is not getattr(kind, "forward", None)
+
+
 def _parametrizations(layer: nn.Module) -> Sequence[nn.Module]:
     """What stands between a layer's raw weight and the weight in use."""
     if not parametrize.is_parametrized(layer, "weight"):
         return ()
     return cast(Sequence[nn.Module], cast(nn.ModuleDict, layer.parametrizations)["weight"])
+
+
+def _weight_of(layer: nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) -> Tensor:
+    """The weight in use, in the dtype of the raw one: under autocast a parametrization may multiply in another."""
+    weight, stack = layer.weight, _parametrizations(layer)
+    if not len(stack) or maps.autocast_dtype(weight) is None:
+        return weight
+    return weight.to(next(cast(nn.Module, stack).parameters(), weight).dtype)
 
 
 def _constraint_of(layer: nn.Module) -> Constraint | None:

@@ -29,7 +29,7 @@ from iresflow_plugin.lipschitz import convolution, matrix
 from iresflow_plugin.lipschitz.activations import Activation
 from iresflow_plugin.lipschitz.convolution import CONVOLUTIONS, Convolution
 from iresflow_plugin.lipschitz.modules import AddContext
-from iresflow_plugin.maps import is_plain
+from iresflow_plugin.maps import autocast_dtype, full_precision, is_plain
 
 
 class Constraint(nn.Module):
@@ -73,6 +73,7 @@ class _Memory:
     weight: Tensor
     gradient: Tensor  # of the bound of its norm, raised by the rounding margin
     norm: float | None  # None if the numbers cannot be read now
+    autocast: torch.dtype | None = None  # for which that margin was made
     constrained: tuple[Tensor, Tensor | float] | None = None
 
 
@@ -80,8 +81,9 @@ class Spectral(Constraint):
     """W min(1, c / |W|_p) with the certified Schatten bound |W|_2 <= |W|_p <= 1.04 |W|_2 (arXiv 2305.16173).
 
     On the CPU the result is kept with a copy of the weight it was computed from and reused only while the weight
-    equals that copy entry by entry, so it cannot be stale; on a GPU the comparison would stall the queue, and it is
-    recomputed. First derivatives with respect to the weight only: the gradient of the norm holds still.
+    equals that copy entry by entry, and autocast is as it was, so it cannot be stale; on a GPU the comparison would
+    stall the queue, and it is recomputed. First derivatives with respect to the weight only: the gradient of the norm
+    holds still.
 
     Of a convolution the bound is that of `iresflow_plugin.lipschitz.convolution`: looser by at most `looseness`,
     from 1 % for few channels to 20 % for many, and its gradient is that at the frequency where the norm is largest.
@@ -100,28 +102,30 @@ class Spectral(Constraint):
             return self._constrain(weight, memory)
         if memory.constrained is None:
             with torch.inference_mode(False), torch.no_grad():
-                memory.constrained = self._constrain(weight, memory)
+                # from the copy: a small weight stays as it is, and the caller's may change in place
+                memory.constrained = self._constrain(memory.weight, memory)
         return memory.constrained
 
     def _constrain(self, weight: Tensor, memory: _Memory) -> tuple[Tensor, Tensor | float]:
         if memory.norm is None:
             norm = torch.dot(memory.gradient.flatten(), _as_matrix(weight).flatten())
-            return weight * _shrink(norm, self.lipschitz).to(weight.dtype), norm
+            return _scaled(weight, _shrink(norm, self.lipschitz)), norm
         if memory.norm <= self.lipschitz:
             return weight, memory.norm
         norm = torch.dot(memory.gradient.view(-1), _as_matrix(weight).reshape(-1))
-        return weight * (self.lipschitz / norm).to(weight.dtype), memory.norm
+        return _scaled(weight, self.lipschitz / norm), memory.norm
 
     def _recall(self, weight: Tensor) -> _Memory:
         weight = weight.detach()
         if weight.device.type != "cpu" or torch.compiler.is_compiling() or not is_plain(weight):
             return _Memory(weight, self._gradient(weight), norm=None)
-        if self._memory is None or not _same(self._memory.weight, weight):
+        autocast = autocast_dtype(weight)
+        if self._memory is None or self._memory.autocast != autocast or not _same(self._memory.weight, weight):
             # what is kept may serve a training step next, which inference tensors cannot
             with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
                 gradient = self._gradient(weight)
                 norm = torch.dot(gradient.flatten(), _as_matrix(weight).flatten()).item()
-                self._memory = _Memory(weight.clone(), gradient, norm)
+                self._memory = _Memory(weight.clone(), gradient, norm, autocast)
         return self._memory
 
     def _gradient(self, weight: Tensor) -> Tensor:
@@ -155,7 +159,7 @@ class AlmostOrthogonal(Constraint):
             return self._certify_convolution(weight, self.convolution)
         w = _as_matrix(weight)
         wide = w.shape[0] < w.shape[1]
-        with matrix.full_precision(w):
+        with full_precision(w):
             gram = w @ w.mT if wide else w.mT @ w
         scale = self._scale(gram.abs().sum(1), matrix.rounding_margin(w, stored=weight.dtype))
         scaled = w * (scale[:, None] if wide else scale)
@@ -163,7 +167,7 @@ class AlmostOrthogonal(Constraint):
 
     def _certify_convolution(self, weight: Tensor, operator: Convolution) -> tuple[Tensor, float]:
         kernel, sizes = operator.split(_single(weight))
-        with matrix.full_precision(kernel):
+        with full_precision(kernel):
             lags = convolution.gram_lags(kernel, sizes)
         margin = matrix.rounding_margin(kernel[0, :, :, 0], stored=weight.dtype, taps=kernel.shape[-1])
         scale = self._scale(lags.abs().sum((0, -1)), margin * operator.gain)
@@ -200,7 +204,7 @@ class Bjorck(Constraint):
         w = _as_matrix(weight)
         norm = matrix.schatten_norm(w)
         w = w / norm.clamp_min(1e-12)  # keeps the gradient at zero finite
-        with matrix.full_precision(w):
+        with full_precision(w):
             for _ in range(self.steps):
                 w = 1.5 * w - 0.5 * (w @ w.mT @ w if w.shape[0] < w.shape[1] else w @ (w.mT @ w))
         return (w * (self.lipschitz / matrix.rounding_margin(w, stored=weight.dtype))).to(weight.dtype).view_as(
@@ -214,12 +218,11 @@ class Frobenius(Constraint):
     def certify(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         if self.convolution is not None:
             kernel = self.convolution.split(_single(weight))[0].flatten(0, 1)
-            norm = torch.stack([matrix.frobenius_norm(tap) for tap in kernel.unbind(-1)]).sum() * self.convolution.gain
-            norm = norm * matrix.rounding_margin(kernel[:, :, 0], stored=weight.dtype, taps=kernel.shape[-1])
+            taps = [matrix.frobenius_norm(tap, weight.dtype, kernel.shape[-1]) for tap in kernel.unbind(-1)]
+            norm = torch.stack(taps).sum() * self.convolution.gain
         else:
-            w = _as_matrix(weight)
-            norm = matrix.frobenius_norm(w) * matrix.rounding_margin(w, stored=weight.dtype)
-        return weight * _shrink(norm, self.lipschitz).to(weight.dtype), norm
+            norm = matrix.frobenius_norm(_as_matrix(weight), stored=weight.dtype)
+        return _scaled(weight, _shrink(norm, self.lipschitz)), norm
 
 
 def spectral_penalty(module: nn.Module, strength: float = 1e-3) -> Tensor:
@@ -247,8 +250,12 @@ def install(layer: nn.Module, constraint: Constraint) -> None:
 
 
 def _reduce(layer: Any, protocol: int) -> str | tuple:
-    """As the plain layer with its raw weight, and the parametrizations of that."""
-    if set(layer.parametrizations) != {"weight"}:
+    """As the plain layer with its raw weight, and the constraints of that.
+
+    A parametrization of another kind keeps its raw weight in its own way, and may hold a part of the weight itself.
+    """
+    alone = set(layer.parametrizations) == {"weight"}
+    if not alone or not all(isinstance(part, Constraint) for part in layer.parametrizations["weight"]):
         return object.__reduce_ex__(layer, protocol)  # torch's refusal
     stack = layer.parametrizations["weight"]
     modules = {name: module for name, module in layer._modules.items() if name != "parametrizations"}
@@ -285,6 +292,11 @@ def _norm(weight: Tensor, operator: Convolution | None) -> Tensor:
 def _shrink(norm: Tensor, lipschitz: float) -> Tensor:
     """min(1, c / norm), whose gradient is finite where the norm is zero."""
     return torch.where(norm <= lipschitz, 1.0, lipschitz / norm.clamp_min(lipschitz))
+
+
+def _scaled(weight: Tensor, factor: Tensor) -> Tensor:
+    """Rounded to the weight's dtype once, at the end: in half precision a small factor has few digits, or none."""
+    return (_single(weight) * factor).to(weight.dtype)
 
 
 def _as_matrix(weight: Tensor) -> Tensor:

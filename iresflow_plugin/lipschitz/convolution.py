@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from iresflow_plugin.errors import NotContractiveError
 from iresflow_plugin.lipschitz import matrix
+from iresflow_plugin.maps import full_precision
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -136,7 +137,7 @@ def schatten_gradient(weight: Tensor, convolution: Convolution, stored: torch.dt
     points, factor = grid(sizes, looseness(channels))
     group = kernel.new_zeros(1, dtype=torch.long)
     angle = torch.zeros(1, len(sizes), dtype=torch.float64, device=weight.device)
-    with matrix.full_precision(weight):
+    with full_precision(weight):
         if kernel.shape[0] * math.prod(points) > 1:
             angles = _half_torus(points, weight)
             best = matrix.largest_schatten_norm(_gram(kernel, sizes, angles).flatten(0, 1), tightness)

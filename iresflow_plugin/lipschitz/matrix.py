@@ -15,12 +15,11 @@ real matrix and not only for exact arithmetic.
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
-from iresflow_plugin.maps import is_plain
+from iresflow_plugin.maps import autocast_dtype, full_precision, is_plain
 
 LOOSENESS = 1.04
 
@@ -28,21 +27,29 @@ LOOSENESS = 1.04
 def rounding_margin(weight: Tensor, stored: torch.dtype | None = None, taps: int = 1) -> float:
     """Factor that covers the rounding of products, sums and roots over a matrix of this size and dtype.
 
-    With `stored`, also that of a scaled matrix kept in half precision: |fl(W) - W|_F <= eps / 2 |W|_F. With `taps`,
-    of a convolution with so many such matrices.
+    With `stored`, also that of a scaled matrix kept in half precision: |fl(W) - W|_F <= eps / 2 |W|_F. The same where
+    autocast will round a matrix in single precision before each product. With `taps`, of a convolution with so many
+    such matrices. TF32 rounds operands to eleven bits, independently of each other, and sums in single precision.
     """
-    margin = 1.0 + 4 * max(weight.shape) * taps * torch.finfo(weight.dtype).eps
-    if stored in (torch.float16, torch.bfloat16):
-        margin *= 1.0 + 0.51 * torch.finfo(stored).eps * math.sqrt(min(weight.shape) * taps)
+    rounding = 4 * max(weight.shape) * taps * torch.finfo(weight.dtype).eps
+    if uses_tf32(weight):
+        rounding = max(rounding, 4 * 2.0**-10 * math.sqrt(max(weight.shape) * taps))
+    margin = 1.0 + rounding
+    in_products = autocast_dtype(weight) if weight.dtype == torch.float32 else None
+    for dtype in (torch.float16, torch.bfloat16):
+        if dtype in (stored, in_products):
+            margin *= 1.0 + 0.51 * torch.finfo(dtype).eps * math.sqrt(min(weight.shape) * taps)
     return margin
 
 
-def full_precision(weight: Tensor) -> AbstractContextManager:
-    """Switches autocast off: products in half precision do not carry a certificate."""
-    device = weight.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return nullcontext()
+def uses_tf32(weight: Tensor) -> bool:
+    """Whether products with this matrix are taken in TF32, as a GPU does when it was told that it may."""
+    if weight.device.type != "cuda" or weight.dtype != torch.float32:
+        return False
+    flags = torch.backends.cuda.matmul
+    if torch.compiler.is_compiling() or not hasattr(flags, "fp32_precision"):
+        return bool(flags.allow_tf32)
+    return flags.fp32_precision == "tf32"  # the older flag cannot be read once this has been set
 
 
 def spectral_norm(weight: Tensor) -> Tensor:
@@ -50,10 +57,10 @@ def spectral_norm(weight: Tensor) -> Tensor:
     return torch.linalg.matrix_norm(weight, ord=2) * rounding_margin(weight)
 
 
-def frobenius_norm(weight: Tensor) -> Tensor:
-    """|W|_2 <= |W|_F = (sum W_ij^2)^(1/2)."""
+def frobenius_norm(weight: Tensor, stored: torch.dtype | None = None, taps: int = 1) -> Tensor:
+    """|W|_2 <= |W|_F = (sum W_ij^2)^(1/2); `stored` and `taps` as for `rounding_margin`."""
     size = largest_entry(weight)  # the squares themselves could overflow or underflow
-    return torch.linalg.vector_norm(weight / size) * size * rounding_margin(weight)
+    return torch.linalg.vector_norm(weight / size) * size * rounding_margin(weight, stored, taps)
 
 
 def row_column_norm(weight: Tensor) -> Tensor:
@@ -126,6 +133,7 @@ def largest_schatten_norm(gram: Tensor, looseness: float = LOOSENESS) -> Tensor:
                 upper = (norm.log() + log_scale) / exponent
                 leader = upper.argmax()
                 reached = _reached(gram[leader], power[leader]).clamp_min(tiny).log() - 1e-4
+                reached = torch.minimum(reached, upper[leader])  # it stays, however its products were rounded
                 keep = (~(upper < reached)).nonzero()[:, 0]  # NaN stays
                 if len(keep) < 0.8 * len(alive):
                     alive, gram, power, log_scale = (t[keep] for t in (alive, gram, power, log_scale))

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from iresflow_plugin.maps import per_sample
+from iresflow_plugin.maps import Shift
 
 
 class Chain(nn.Sequential):
@@ -100,7 +100,7 @@ class AddContext(nn.Module):
         self.network = network
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        return x + per_sample(self.shift(context), x.ndim)
+        return Shift(self.shift(context))(x)
 
     def shift(self, context: Tensor | None) -> Tensor:
         """One row per sample."""

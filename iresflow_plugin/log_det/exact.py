@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from iresflow_plugin.log_det.estimate import Estimate
-from iresflow_plugin.maps import Linearised, Map, is_plain
+from iresflow_plugin.maps import Linearised, Map, inside_functorch
 
 CHUNK_ENTRIES = 2**24
 
@@ -46,7 +46,7 @@ def transposed_jacobian(at_x: Linearised, x: Tensor, chunk: int | None = None) -
     chunk = chunk or max(1, CHUNK_ENTRIES // max(1, x.numel()))
     if chunk >= size:
         columns = at_x.jvp(basis)
-    elif torch.is_grad_enabled() and is_plain(at_x.value):  # torch.func knows no checkpoints
+    elif torch.is_grad_enabled() and not inside_functorch():
         columns = torch.cat([checkpoint(at_x.jvp, part, use_reentrant=False) for part in basis.split(chunk)])
     else:
         columns = torch.cat([at_x.jvp(part) for part in basis.split(chunk)])

@@ -84,6 +84,7 @@ class RussianRoulette:
 
     Draws N for every probe; c_k = 1 for k <= m and 1[N >= k - m] / P(N >= k - m) beyond. The value and the gradient are
     unbiased for log det(I + J); the series ends early only when all that follows is below the round-off of the sum.
+    First derivatives only; `Exact` may be differentiated twice with respect to x.
 
     Args:
         distribution: `Geometric()` or `Poisson(rate)`.

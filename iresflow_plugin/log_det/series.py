@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from iresflow_plugin.log_det.estimate import Estimate
 from iresflow_plugin.log_det.probes import Probes, as_probes
-from iresflow_plugin.maps import Linearised, Map, is_plain
+from iresflow_plugin.maps import Linearised, Map, inside_functorch, is_readable
 
 Weights = Sequence[float]  # of one term: for all probes, or for each
 
@@ -23,7 +23,8 @@ class PowerSeries:
 
     After k terms the rest is at most |v| |(J^T)^k v| L / ((k + 1)(1 - L)) by the block's certified bound L. What the
     vectors have in fact shrunk to is never more than the a-priori L^k |v|, so this is the smaller of the two bounds;
-    with a `tolerance` the series stops by it.
+    with a `tolerance` the series stops by it. First derivatives only; `Exact` may be differentiated twice with respect
+    to x.
 
     Args:
         terms: fixed number of terms; or
@@ -100,7 +101,8 @@ def estimate_series(
             sums.append(_sum_series(at_x, v, _tails(weights, bound, rest), weights, tolerance))
         return at_x.value, _dot(at_x.jvp(v), sums[0][1]).mean(0) if torch.is_grad_enabled() else None
 
-    if x.ndim > 2 and torch.is_grad_enabled() and not torch.compiler.is_compiling() and is_plain(x):
+    pays = x.ndim > 2 and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if pays and not g.uses_functorch and not inside_functorch():
         image, surrogate = checkpoint(evaluate, x, use_reentrant=False, preserve_rng_state=False)
     else:
         image, surrogate = evaluate(x)
@@ -121,7 +123,8 @@ def _sum_series(
     length = _dot(v, v).sqrt()
     round_off = (torch.finfo(length.dtype).eps * length**2).mean(0)
     enough = round_off if tolerance is None else torch.full_like(round_off, tolerance)
-    value, w, vector, remainder = torch.zeros_like(length), torch.zeros_like(v), v, length**2 * tails[0]
+    w = torch.zeros_like(at_x.value, dtype=v.dtype).expand_as(v).clone()  # under vmap many, as g is, where v is one
+    value, vector, remainder = _dot(w, w), v, length**2 * tails[0]
     k = 0
     look_every = 1 if v.device.type == "cpu" else 4  # a look makes the host wait for the device
     for k, weight in enumerate(weights, start=1):
@@ -130,7 +133,7 @@ def _sum_series(
         vector = at_x.vjp(vector)
         _add(value, _dot(vector, v), weight, sign / k)
         remainder = length * _dot(vector, vector).sqrt() * tails[k]
-        if k % look_every == 0 and bool((remainder.mean(0) <= enough).all()):
+        if k % look_every == 0 and is_readable(remainder) and bool((remainder.mean(0) <= enough).all()):
             break
     return value, w, remainder, k
 

@@ -1,5 +1,6 @@
 """The certificate of a module tree against sampled Jacobians and known answers; what cannot be certified is named."""
 
+import copy
 import math
 
 import pytest
@@ -14,6 +15,7 @@ from iresflow_plugin.lipschitz import (
     AddContext,
     AlmostOrthogonal,
     Bjorck,
+    Bound,
     Chain,
     Concatenate,
     Constraint,
@@ -283,6 +285,11 @@ class LoudSum(Sum):
         return 5 * super().forward(x, context)
 
 
+class LoudChain(Chain):
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        return 5 * super().forward(x, context)
+
+
 class LoudTanh(nn.Tanh):
     def forward(self, x: Tensor) -> Tensor:
         return 5 * super().forward(x)
@@ -456,6 +463,47 @@ def test_a_module_with_context_may_state_its_own_bound():
     assert block.branch[0].angle.weight.grad.abs().max() > 0
     with pytest.raises((TypeError, ValueError)):
         block(x)
+
+
+OVERRIDDEN = {
+    "Linear": lambda: Doubling(3, 3),
+    "Sequential": lambda: LoudSequential(nn.Linear(3, 3)),
+    "Flatten": lambda: LoudFlatten(),
+    "Sum": lambda: LoudSum(nn.Tanh()),
+    "Chain": lambda: LoudChain(nn.Linear(3, 3)),
+    "Tanh": lambda: LoudTanh(),
+}
+
+
+@pytest.mark.parametrize("label", OVERRIDDEN)
+def test_a_subclass_with_a_forward_of_its_own_may_state_its_bound(label):
+    """What the message of the refusal advises has to work; without the method it stays refused."""
+    plain = OVERRIDDEN[label]()
+    with pytest.raises(NotContractiveError, match=type(plain).__name__):
+        lipschitz_bound(nn.Sequential(plain))
+    stating = type(f"Stated{label}", (type(plain),), {"lipschitz_bound": lambda self: 30.0})
+    layer = copy.deepcopy(plain)
+    layer.__class__ = stating
+    net = constrain(nn.Sequential(Scale(0.01), layer, nn.Tanh()), 0.9)
+    assert lipschitz_bound(net) == Bound(0.3, certified=False)
+    assert not any(parametrize.is_parametrized(part) for part in net.modules())
+    x = torch.randn(4, 3)
+    assert torch.equal(certify(net)(x), net(x))
+    y, _ = ResidualBlock(net, Exact())(x)
+    assert torch.equal(y, x + net(x))
+
+
+def test_a_stated_bound_does_not_replace_a_proof():
+    """A subclass that computes what its base computes is certified by the rule of its base."""
+
+    class Modest(nn.Linear):
+        def lipschitz_bound(self) -> float:
+            return 1e-3
+
+    layer = Modest(3, 3)
+    assert lipschitz_bound(layer).value >= svd_norm(layer.weight)
+    chain = type("Modestly", (Chain,), {"lipschitz_bound": lambda self: 1e-3})(nn.Linear(3, 3))
+    assert lipschitz_bound(chain).value >= svd_norm(chain[0].weight)
 
 
 @pytest.mark.timeout(30)

@@ -1,6 +1,7 @@
 """The weight in use obeys its bound whatever happens to the raw one, and nobody has to call anything."""
 
 import copy
+import io
 import math
 import pickle
 
@@ -9,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrizations, parametrize
 
 from iresflow_plugin.lipschitz import (
     AddContext,
@@ -112,6 +113,23 @@ def test_half_precision_rounding_does_not_break_the_bound(constraint, dtype):
 
 
 @every_constraint
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=name)
+def test_factors_of_large_half_precision_weights_are_not_rounded(constraint, dtype):
+    """A factor of 1e-5 has few digits in float16, and none below 6e-8."""
+    for entry in torch.linspace(2e4, 6e4, 30).tolist():
+        for shape in ((64, 64), (3, 40)):
+            weight = torch.full(shape, entry, dtype=dtype)
+            layer = layer_with(constraint(0.97), weight)
+            for mode in (torch.enable_grad, torch.no_grad):
+                with mode():
+                    used = svd_norm(constraint(0.97).certify(weight)[0])
+                    assert max(svd_norm(layer.weight), used) <= 0.97
+                    mapped = torch.func.vmap(constraint(0.97))(weight[None])[0]  # its norm cannot be read
+                    assert svd_norm(mapped) <= 0.97
+            assert used >= 0.85
+
+
+@every_constraint
 def test_certificates_ignore_autocast_and_do_not_keep_its_errors(constraint):
     for seed in range(20):
         torch.manual_seed(seed)
@@ -120,6 +138,25 @@ def test_certificates_ignore_autocast_and_do_not_keep_its_errors(constraint):
         with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
             assert svd_norm(layer.weight) <= 0.9
         assert svd_norm(layer.weight) <= 0.9
+
+
+@every_constraint
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=name)
+@pytest.mark.parametrize("bound", [0.97, 0.98, 0.999])
+def test_weights_obey_after_autocast_has_rounded_them(constraint, dtype, bound):
+    """Autocast rounds single precision before each product; entries of one sign and size leave no slack."""
+    for n, scale in ((1, 5.0), (4, 5.0), (4, 1e-2), (9, 0.3)):
+        weight = torch.full((n, n), -scale)
+        layer = layer_with(constraint(bound), weight)
+        for mode in (torch.enable_grad, torch.no_grad):
+            with mode():
+                plain = layer.weight
+                for _ in range(2):  # what was remembered outside does not count inside, nor the reverse
+                    with torch.autocast("cpu", dtype=dtype):
+                        assert svd_norm(layer.weight.to(dtype)) <= bound
+                        used, certified = layer.parametrizations.weight[0].certify(weight)
+                        assert svd_norm(used.to(dtype)) <= min(float(certified), bound)
+                    assert torch.equal(layer.weight, plain)
 
 
 @every_soft_one
@@ -307,6 +344,32 @@ def test_the_memory_notices_one_changed_entry_and_a_changed_bound():
         assert lipschitz_bound(net).value <= 0.2
 
 
+@pytest.mark.parametrize("scale", [0.1, 10.0])
+@pytest.mark.parametrize("kind", ["dense", "convolution"])
+def test_the_memory_shares_nothing_with_tensors_of_others(kind, scale):
+    """functional_call may bring equal weights that belong to somebody else, who changes them in place later."""
+    layers = {"dense": nn.Linear(3, 3), "convolution": nn.Conv2d(3, 3, 3, padding=1)}
+    net = constrain(nn.Sequential(layers[kind]), 0.9)
+    x = torch.randn(2, 3) if kind == "dense" else torch.randn(2, 3, 4, 4)
+
+    class Evaluated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net
+
+        def forward(self, x: Tensor) -> Tensor:
+            return certify(self.net)(x)
+
+    scale_weights(net, scale)
+    theirs = {label: value.detach().clone() for label, value in Evaluated().named_parameters()}
+    with torch.no_grad():
+        functional = torch.func.functional_call(Evaluated(), theirs, (x,))
+        for value in theirs.values():
+            value.mul_(1000)
+        assert torch.equal(certify(net)(x), net(x))
+        assert torch.equal(certify(net)(x), functional)
+
+
 def test_training_goes_on_after_validation_in_inference_mode():
     """What was kept during inference_mode must not poison the next training step."""
     net = LipschitzMLP([2, 8, 2])
@@ -345,6 +408,42 @@ def test_copies_are_independent_and_picklable(constraint):
         copied.lipschitz = 0.1
         assert svd_norm(copied(weight)) <= 0.1
     assert torch.equal(item(weight), used)
+
+
+@pytest.mark.parametrize(
+    "other, first",
+    [
+        (parametrizations.orthogonal, True),
+        (parametrizations.weight_norm, True),
+        (parametrizations.spectral_norm, True),
+        (parametrizations.spectral_norm, False),
+    ],
+)
+def test_what_other_parametrizations_hold_is_copied_or_refused_but_never_lost(other, first):
+    """torch refuses to pickle them; a layer that came back as another function would be worse."""
+    layer = nn.Linear(3, 3)
+    net = nn.Sequential(other(layer) if first else layer)
+    constrain(net, 0.9)
+    if not first:
+        other(layer)
+    layer.eval()  # torch's spectral_norm iterates in training
+    x = torch.randn(4, 3)
+    assert torch.equal(copy.deepcopy(net)(x), net(x))
+    with pytest.raises(RuntimeError, match="state_dict"):
+        pickle.dumps(net)
+    with pytest.raises(RuntimeError, match="state_dict"):
+        torch.save(net, io.BytesIO())
+
+
+def test_a_parametrized_bias_is_refused_and_two_constraints_are_kept():
+    biased = constrain(nn.Sequential(nn.Linear(3, 3)), 0.9)
+    parametrize.register_parametrization(biased[0], "bias", nn.Tanh())
+    with pytest.raises(RuntimeError, match="state_dict"):
+        pickle.dumps(biased)
+    twice = constrain(constrain(nn.Sequential(nn.Linear(3, 3)), 0.9), 0.5, Bjorck)
+    assert len(twice[0].parametrizations.weight) == 2
+    x = torch.randn(4, 3)
+    assert torch.equal(pickle.loads(pickle.dumps(twice))(x), twice(x))
 
 
 def test_state_dict_holds_weights_only():

@@ -9,8 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
-from iresflow_plugin import NotContractiveError
+from iresflow_plugin import NotContractiveError, ResidualBlock
 from iresflow_plugin.lipschitz import (
     AlmostOrthogonal,
     Bjorck,
@@ -37,6 +38,7 @@ from tests.helpers import (
     raw_weights,
     scale_weights,
     seeds,
+    svd_norm,
     thorough,
 )
 
@@ -216,6 +218,23 @@ def test_half_precision_rounding_does_not_break_the_bound(constraint, dtype):
 
 
 @every_constraint
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=name)
+@pytest.mark.parametrize("channels, kernel", [(1, 1), (1, 3), (3, 3)])
+def test_kernels_obey_after_autocast_has_rounded_them(constraint, dtype, channels, kernel):
+    """Constrained or not: what autocast makes of a kernel is within the certificate under autocast."""
+    for bound in (0.97, 0.98, 0.999):
+        net = constrain(nn.Sequential(nn.Conv1d(channels, channels, kernel, bias=False)), bound, constraint)
+        free = nn.Sequential(nn.Conv1d(channels, channels, kernel, bias=False))
+        raw_weights(net)[0].data.fill_(-5.0)
+        free[0].weight.data.fill_(-(1 + torch.finfo(dtype).eps * 0.501))
+        for some, most in ((net, bound), (free, math.inf)):
+            with torch.autocast("cpu", dtype=dtype):
+                weight, certified = some[0].weight.detach().to(dtype), lipschitz_bound(some).value
+            # frequency zero, where all taps of one sign add up
+            assert svd_norm(weight.double().sum(-1)) <= min(certified, most)
+
+
+@every_constraint
 @pytest.mark.parametrize("stride, groups", [(1, 1), (2, 1), (1, 2)])
 @given(seed=seeds, scale=st.sampled_from([0.1, 3.0]))
 def test_gradients_match_finite_differences(constraint, stride, groups, seed, scale):
@@ -347,6 +366,16 @@ def test_what_else_is_refused():
 
     with pytest.raises(NotContractiveError, match="_conv_forward"):
         constrain(nn.Sequential(Mine(1, 1, 3)))
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=name)
+def test_bjorck_registered_by_hand_is_refused(kind):
+    """It would bound the reshaped kernel, and the operator may have a norm of up to the root of the taps times that."""
+    layer = kind(2, 2, 3, padding=1)
+    parametrize.register_parametrization(layer, "weight", Bjorck(0.9))
+    for attempt in (lipschitz_bound, ResidualBlock):
+        with pytest.raises(NotContractiveError, match=rf"{kind.__name__} at '0'.*Bjorck"):
+            attempt(nn.Sequential(layer))
 
 
 def test_a_changed_geometry_is_noticed():

@@ -1,21 +1,30 @@
 """Every certified bound against the float64 SVD, on matrices chosen to break it."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from iresflow_plugin.lipschitz import (
+    AlmostOrthogonal,
+    Bjorck,
+    Convolution,
+    Frobenius,
+    Spectral,
     frobenius_norm,
+    matrix,
+    operator_norm,
     power_iteration,
     row_column_norm,
     schatten_norm,
     spectral_norm,
 )
-from iresflow_plugin.lipschitz.matrix import LOOSENESS, rounding_margin
+from iresflow_plugin.lipschitz.matrix import LOOSENESS, rounding_margin, uses_tf32
 from tests.helpers import dtypes, name, seeds, svd_norm, thorough
 
 CERTIFIED = [spectral_norm, schatten_norm, frobenius_norm, row_column_norm]
@@ -121,5 +130,118 @@ def test_certificates_ignore_autocast():
     for _ in range(20):
         weight = torch.outer(torch.randn(16), torch.randn(16)) + 0.01 * torch.randn(16, 16)
         with torch.autocast("cpu", dtype=torch.bfloat16):
+            bound, margin = schatten_norm(weight).item(), rounding_margin(weight)
+        assert svd_norm(weight) <= bound / margin * rounding_margin(weight) <= 1.001 * svd_norm(weight)
+
+
+@pytest.mark.parametrize("bound", CERTIFIED, ids=name)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_what_autocast_makes_of_a_matrix_is_covered(bound, dtype):
+    """Its entries are rounded before every product; float64 it leaves alone."""
+    for seed in range(20):
+        torch.manual_seed(seed)
+        u = torch.randint(1, 4, (6,)).float() * (1 + torch.finfo(dtype).eps / 2 * (1 + 1e-3))  # all are rounded up
+        for weight in (torch.outer(u, torch.ones(4)), 3 * torch.randn(5, 5)):
+            with torch.autocast("cpu", dtype=dtype):
+                value, double = bound(weight).item(), bound(weight.double()).item()
+            assert svd_norm(weight.to(dtype)) <= value <= (1 + 2 * torch.finfo(dtype).eps) * bound(weight).item()
+            assert double == bound(weight.double()).item()
+
+
+# -------------------------------------------------------------------------------------------------------------- TF32
+
+
+def to_tf32(x: Tensor, nearest: bool) -> Tensor:
+    """Eleven bits of the significand of float32: the nearest, or the others cut off."""
+    if x.is_complex():
+        return torch.complex(to_tf32(x.real, nearest), to_tf32(x.imag, nearest))
+    bits = x.detach().resolve_neg().contiguous().view(torch.int32)
+    return ((bits + (0x0FFF + ((bits >> 13) & 1)) * nearest) & ~0x1FFF).view(torch.float32)
+
+
+class EmulatedTF32(TorchFunctionMode):
+    """Matrix products of float32 as a GPU takes them: operands rounded, sums in float32."""
+
+    def __init__(self, nearest: bool) -> None:
+        super().__init__()
+        self.nearest = nearest
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in (Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__, torch.matmul, torch.mm):
+            args = tuple(a if a.dtype == torch.float64 else to_tf32(a, self.nearest) for a in args)
+        return function(*args, **(kwargs or {}))
+
+
+def adverse_to_tf32(n: int) -> list[Tensor]:
+    """Rank one with entries that TF32 moves to the same side, flat spectra, and plain ones."""
+    torch.manual_seed(n)
+    below = 1 + 2.0**-10 * 0.499 + torch.zeros(n)
+    lone = torch.ones(n, n)
+    lone[0, 0] = 2.6  # the largest entry scales all others
+    wide = torch.outer(below, 1 + 2.0**-10 * torch.rand(n))
+    flat = torch.linalg.qr(torch.randn(n, n))[0]
+    return [torch.outer(below, below), lone, wide, flat, 3 * torch.randn(n, n), torch.randn(n, 2 * n)]
+
+
+@pytest.fixture(params=[True, False], ids=["nearest", "cut off"])
+def tf32(request, monkeypatch):
+    monkeypatch.setattr(matrix, "uses_tf32", lambda weight: weight.dtype == torch.float32)
+    return EmulatedTF32(request.param)
+
+
+@pytest.mark.parametrize("n", [1, 2, 16, 64, 200])
+def test_tf32_products_are_covered_by_the_margin(n, tf32):
+    for weight in adverse_to_tf32(n):
+        with tf32:
             bound = schatten_norm(weight).item()
-        assert svd_norm(weight) <= bound <= 1.001 * svd_norm(weight)
+        assert svd_norm(to_tf32(weight, tf32.nearest)) <= bound  # what its products are those of
+        assert svd_norm(weight) <= bound <= 1.05 * svd_norm(weight) * rounding_margin(weight)
+
+
+def test_the_plain_margin_does_not_cover_tf32():
+    """The emulation does what it should: without the margin for it, the bounds above fail."""
+    with EmulatedTF32(nearest=True):
+        short = [svd_norm(weight) > schatten_norm(weight).item() for weight in adverse_to_tf32(64)]
+    assert any(short)
+
+
+@pytest.mark.parametrize("constraint", [Spectral, AlmostOrthogonal, Bjorck, Frobenius], ids=name)
+@pytest.mark.parametrize("n", [1, 2, 16, 64])
+def test_weights_obey_in_tf32(constraint, n, tf32):
+    for weight in adverse_to_tf32(n):
+        with tf32:
+            used, certified = constraint(0.97).certify(10 * weight)
+        most = min(float(certified), 0.97)
+        assert max(svd_norm(used), svd_norm(to_tf32(used, tf32.nearest))) <= most
+
+
+@pytest.mark.parametrize("channels", [1, 4, 16])
+def test_convolutions_obey_in_tf32(channels, tf32):
+    for seed in range(5):
+        torch.manual_seed(seed)
+        for kernel in (torch.ones(channels, channels, 3, 3) * 1.0004, torch.randn(channels, channels, 3, 3)):
+            with tf32:
+                bound = operator_norm(kernel, Convolution((1, 1))).item()
+            angles = torch.linspace(0, 2 * math.pi, 33, dtype=torch.float64)
+            phases = torch.exp(1j * angles[:, None] * torch.arange(3))
+            symbols = torch.einsum("oiab,xa,yb->xyoi", kernel.to(torch.complex128), phases, phases)
+            assert torch.linalg.matrix_norm(symbols, ord=2).max() <= bound
+
+
+def test_tf32_is_noticed_where_a_gpu_would_use_it():
+    """By either interface of torch; CPUs and float64 never do."""
+    single, double = (SimpleNamespace(device=torch.device("cuda"), dtype=d) for d in (torch.float32, torch.float64))
+    assert not uses_tf32(single)
+    flags = torch.backends.cuda.matmul
+    for interface, on in (("allow_tf32", True), ("fp32_precision", "tf32")):
+        if not hasattr(flags, interface):
+            continue
+        before = getattr(flags, interface)
+        try:
+            setattr(flags, interface, on)
+            assert uses_tf32(single) and not uses_tf32(double)
+            assert not uses_tf32(torch.ones(2, 2)) and not uses_tf32(torch.ones(2, 2, device="meta"))
+            assert rounding_margin(torch.ones(2, 2)) < 1.0001
+        finally:
+            setattr(flags, interface, before)
+        assert not uses_tf32(single)

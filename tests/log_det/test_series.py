@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from iresflow_plugin import ResidualBlock
-from iresflow_plugin.lipschitz import contraction
-from iresflow_plugin.log_det import Gaussian, Orthogonal, PowerSeries, Rademacher, RussianRoulette
+from iresflow_plugin.lipschitz import Chain, Concatenate, LearnableConcatenate, Scale, Sum, constrain, contraction
+from iresflow_plugin.log_det import Exact, Gaussian, Orthogonal, PowerSeries, Rademacher, RussianRoulette
 from iresflow_plugin.log_det.probes import as_probes
 from iresflow_plugin.log_det.series import terms_needed
+from iresflow_plugin.nets import LipschitzConvNet
 from tests.helpers import (
     SMOOTH_ACTIVATIONS,
     align,
@@ -25,6 +26,7 @@ from tests.helpers import (
     name,
     orthogonal,
     power_sum,
+    scale_weights,
     scaled_mlp,
     seeds,
 )
@@ -348,3 +350,117 @@ def test_images_keep_less_and_have_the_same_gradients():
     for image, vector in zip(found[1], found[0], strict=True):
         assert_close(image, vector, 1e-12, 1e-14)
     assert kept[1] < 0.7 * kept[0], kept
+
+
+# -------------------------------------------------------------------------------------------------------- torch.func
+
+SERIES = [PowerSeries(terms=6), PowerSeries(tolerance=1e-3), RussianRoulette()]
+every_series = pytest.mark.parametrize("estimator", SERIES, ids=str)
+
+
+def image_block(estimator: object) -> tuple[ResidualBlock, Tensor]:
+    net = scale_weights(LipschitzConvNet([2, 4, 2], kernels=[3, 3]), 5.0).double()
+    return ResidualBlock(net, estimator), torch.randn(3, 2, 4, 4, dtype=torch.float64)
+
+
+def estimate_with(block: ResidualBlock, weights: dict[str, Tensor], x: Tensor) -> Tensor:
+    return torch.func.functional_call(block, weights, (x,))[1]
+
+
+@pytest.mark.parametrize("estimator", [*SERIES, Exact(chunk=4)], ids=str)
+def test_transforms_of_the_weights_alone_reach_images(estimator):
+    """x is an ordinary tensor then, and only the weights are wrapped."""
+    block, x = image_block(estimator)
+    weights = {k: v.detach() for k, v in block.named_parameters()}
+    torch.manual_seed(1)
+    found = torch.func.grad(lambda w: estimate_with(block, w, x).sum())(weights)
+    torch.manual_seed(1)
+    expected = gradients(block(x)[1], block)
+    for label, truth in zip(weights, expected, strict=True):
+        assert_close(found[label], truth, 1e-11, 1e-13)
+
+
+@every_series
+@pytest.mark.parametrize("kind", ["vectors", "images"])
+def test_ensembles_are_their_members(estimator, kind):
+    """vmap over the weights; no member's remainder can be read, so the series does not stop early."""
+    net = aligned(3).double()
+    block, x = (
+        image_block(estimator) if kind == "images" else (ResidualBlock(net, estimator), torch.randn(4, 3).double())
+    )
+    members = [{k: factor * v.detach() for k, v in block.named_parameters()} for factor in (0.3, 1.0, 1.5)]
+    stacked = {k: torch.stack([member[k] for member in members]) for k in members[0]}
+
+    def with_gradient(w: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+        return torch.func.grad_and_value(lambda w: estimate_with(block, w, x).sum())(w)
+
+    torch.manual_seed(1)
+    grads, values = torch.func.vmap(with_gradient, randomness="same")(stacked)
+    tolerance = 2e-3 * len(x) if estimator == SERIES[1] else 1e-10
+    for i, member in enumerate(members):
+        torch.manual_seed(1)
+        grad, value = with_gradient(member)
+        assert_close(values[i], value, tolerance, tolerance)
+        for label in grad:
+            assert_close(grads[label][i], grad[label], 10 * tolerance, 10 * tolerance)
+
+
+class Swaying(nn.Module):
+    """States its bound, so that torch.func differentiates it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.tensor(0.3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 0.9 * torch.tanh(self.a) * torch.sin(x)
+
+    def lipschitz_bound(self) -> float:
+        return 0.9
+
+
+WRAPPED = {
+    "alone": lambda: Swaying(),
+    "chain": lambda: Chain(Swaying(), nn.Tanh()),
+    "sum": lambda: Chain(Scale(0.5), Sum(Swaying(), nn.Tanh())),
+    "concatenation": lambda: Chain(
+        Concatenate(Chain(Scale(0.3), Swaying()), Scale(0.3), dim=-3), constrain(nn.Conv2d(4, 2, 1), 0.9)
+    ),
+    "learnable concatenation": lambda: Chain(
+        LearnableConcatenate(Swaying(), nn.Tanh(), dim=-3), constrain(nn.Conv2d(4, 2, 1), 0.9)
+    ),
+}
+
+
+@every_series
+@pytest.mark.parametrize("label", WRAPPED)
+def test_modules_that_state_their_bound_take_images(estimator, label):
+    """Wherever they stand in the branch: torch.func and checkpoints do not mix."""
+    net = WRAPPED[label]().double()
+    block = ResidualBlock(net, estimator)
+    flat = ResidualBlock(nn.Sequential(nn.Unflatten(1, (2, 2, 3)), Stated(net), nn.Flatten()), estimator)
+    x = torch.randn(4, 2, 2, 3, dtype=torch.float64).requires_grad_()
+    torch.manual_seed(1)
+    y, value = block(x)
+    torch.manual_seed(1)
+    z, same = flat(x.flatten(1))
+    assert_close(y.flatten(1), z, 1e-12)
+    exact = 1e-10 if estimator != SERIES[1] else 1e-2  # which may stop elsewhere, by a larger bound
+    assert_close(value, same, exact, exact)
+    for one, other in zip(gradients(y.sum() + value, net, x), gradients(z.sum() + same, net, x), strict=True):
+        assert_close(one, other, exact, exact)
+    assert_close(block.inverse(y.detach())[0], x, 1e-9)
+
+
+class Stated(nn.Module):
+    """The same branch, as one module with the same bound."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def lipschitz_bound(self) -> float:
+        return contraction(self.net).ceiling  # of the same distribution of terms
