@@ -163,7 +163,7 @@ def table_samples(task: str, data: Arrays, cells: Mapping[str, Arrays], scores: 
     title = f"{task}: test points (grey) and samples on the data's main axes ({first:.0%} and {second:.0%} of variance)"
 
     def project(points: np.ndarray) -> np.ndarray:
-        return (points - centre) @ directions[:2].T
+        return (points[np.isfinite(points).all(1)] - centre) @ directions[:2].T
 
     shown = project(data["data"])
     low, high = np.quantile(shown, [0.001, 0.999], axis=0)
