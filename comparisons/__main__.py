@@ -7,8 +7,6 @@ does it with a flow of yours, and `report` shows a finished or an interrupted ru
 from __future__ import annotations
 
 import importlib.util
-import math
-import time
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
@@ -231,7 +229,7 @@ def run_(
         rates_of=rates_of,
         machine=Machine(device, precision, devices, nodes),
         workers=workers,
-        deadline=math.inf if piece is None else time.monotonic() + piece,
+        piece=piece,
         fresh=fresh,
         tensorboard=tensorboard,
     )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,8 @@ class Plan:
             and take the one with the best validation; else the method's own.
         rates_of: the folder of a run whose choice is taken over, and tried no more.
         workers: cells that run side by side, each with one thread.
-        deadline: of `time.monotonic`, when the run pauses, to go on when it is started again.
+        piece: seconds after which the run pauses, to go on when it is started again; None for never.
+        deadline: of `time.monotonic`, when that is; set when the cells begin.
         fresh: throw away what is in the folder; else go on with it.
     """
 
@@ -52,6 +54,7 @@ class Plan:
     rates_of: Path | None = None
     machine: Machine = field(default_factory=Machine)
     workers: int = 2
+    piece: float | None = None
     deadline: float = math.inf
     fresh: bool = False
     tensorboard: bool = False
@@ -141,6 +144,8 @@ def run_cells(plan: Plan, tasks: dict[str, Task], store: Store, fabric: Fabric, 
         for task in tasks.values():
             store.add_arrays(task.name, task_arrays(task))
     pairs = [(name, method) for name in tasks for method in plan.methods if takes(tasks[name], method, console)]
+    if plan.piece is not None:  # counted from here, so that a slow start does not eat a piece
+        plan = replace(plan, deadline=time.monotonic() + plan.piece)
     wanted = wanted_cells(plan, tasks, pairs, store, console)
     undecided = list(dict.fromkeys((name, method) for name, method, _ in wanted))
     trials = list(wanted_trials(plan, tasks, undecided, store)) if plan.tune else []

@@ -93,13 +93,13 @@ def test_a_run_in_pieces_ends_with_the_same_numbers(tmp_path: Path) -> None:
     wanted = ["run", "--task", "two-moons", "--method", "made", "--method", "nice", "--steps", "400", "--workers", "1"]
     code, output = run(*wanted, "--out", str(tmp_path / "whole"))
     assert code == 0, output
-    for _ in range(20):
+    for _ in range(60):
         code, output = run(*wanted, "--piece", "1", "--out", str(tmp_path / "pieces"))
         if code != PAUSED:
             break
         assert "the same command goes on" in output
     else:
-        pytest.fail("20 pieces of a second were not enough for 800 steps")
+        pytest.fail("60 pieces of a second were not enough for 800 steps")
     assert code == 0, output
     whole, pieces = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("whole", "pieces"))
     for one, other in zip(whole["results"], pieces["results"], strict=True):
