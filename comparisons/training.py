@@ -84,13 +84,15 @@ def has_blocks(density: nn.Module) -> bool:
 
 def ready(points: Points, density: Density, fabric: Fabric) -> Points:
     """On the density's device and in its dtype."""
+    return points.to(fabric.device, dtype_of(density))
+
+
+def dtype_of(density: Density) -> torch.dtype:
     sizes = Counter({torch.float32: 0})
     for weights in (*density.parameters(), *density.buffers()):
         if weights.is_floating_point():
             sizes[weights.dtype] += weights.numel()  # the most: normflows keeps a few float64 beside its float32
-    dtype = max(sizes, key=sizes.__getitem__)
-    context = None if points.context is None else points.context.to(fabric.device, dtype)
-    return Points(points.x.to(fabric.device, dtype), context)
+    return max(sizes, key=sizes.__getitem__)
 
 
 def log_likelihoods(density: Density, points: Points, fabric: Fabric) -> Tensor:
@@ -146,7 +148,7 @@ def train(
     meet(density, ready(task.draw(size, torch.Generator().manual_seed(seed)), density.to(fabric.device), fabric))
     optimizer = how.build(density.parameters(), rate)
     model, optimizer = fabric.setup(compiled(density) if how.compile else density, optimizer)
-    state = beginning(density, how)
+    state, dtype = beginning(density, how), dtype_of(density)
     if checkpoint is not None and checkpoint.is_file():
         state = load(checkpoint, density, optimizer, generator)
 
@@ -159,7 +161,7 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = rate * how.factor(spent)
         # all processes draw the same batch and take a part each: the gradient is that of one process
-        part = ready(task.draw(size, generator)[fabric.global_rank :: fabric.world_size], density, fabric)
+        part = task.draw(size, generator)[fabric.global_rank :: fabric.world_size].to(fabric.device, dtype)
         optimizer.zero_grad()
         backward(model, part, size, how.accumulate, fabric)
         norm = fabric.clip_gradients(model, optimizer, max_norm=how.clip or math.inf, error_if_nonfinite=False)

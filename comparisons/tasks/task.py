@@ -31,8 +31,9 @@ class Points:
         """Runs of n points; the last may be shorter."""
         return [self[start : start + n] for start in range(0, len(self), n)]
 
-    def to(self, device: torch.device | str) -> Points:
-        return Points(self.x.to(device), None if self.context is None else self.context.to(device))
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Points:
+        where = {"device": device, "dtype": dtype}  # None leaves it as it is
+        return Points(self.x.to(**where), None if self.context is None else self.context.to(**where))
 
 
 Draw = Callable[[int, Generator], Points]
