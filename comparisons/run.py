@@ -156,6 +156,8 @@ def run_cells(plan: Plan, tasks: dict[str, Task], store: Store, fabric: Fabric, 
         for outcome in outcomes(plan, trials, fabric, advance):
             left += note(outcome, information, store, fabric, progress)
         fabric.barrier()  # what the first process wrote, all may read
+        if left:  # no cell is run at a rate that is not decided yet
+            return left
         rates = best_rates(store.load_trials())
         if plan.rates_of is not None and (unknown := [pair for pair in undecided if named(pair, tasks) not in rates]):
             pairs_text = ", ".join(f"{method.name} on {name}" for name, method in unknown)
@@ -295,17 +297,11 @@ def sentence(outcome: Outcome) -> str:
     head = f"{name:<16}{method:<28}"
     if isinstance(found, Left):
         return f"{head}seed {cell.seed}  {found.words}; the same command goes on"
-    if isinstance(found, Trial) or cell.trial:
-        return f"{head}learning rate {cell.rate:g}: {trial_text(found)}"
+    which = f"learning rate {cell.rate:g}:" if cell.trial else f"seed {cell.seed} "
     if isinstance(found, Failure):
-        return f"{head}seed {found.seed}  failed: {found.error}"
-    score = found.log_likelihood
-    return (
-        f"{head}seed {cell.seed}  {score.mean:.3f} ± {score.error:.3f} nats, trained in {found.training_seconds:.1f} s"
-    )
-
-
-def trial_text(found: Trial | Result | Failure) -> str:
+        return f"{head}{which} failed: {found.error}"
     if isinstance(found, Trial):
-        return "no finite loss" if found.validation is None else f"validation {found.validation:.3f}"
-    return f"failed: {found.error}" if isinstance(found, Failure) else ""
+        worth = "no finite loss" if found.validation is None else f"validation {found.validation:.3f}"
+        return f"{head}{which} {worth}"
+    score = found.log_likelihood
+    return f"{head}{which} {score.mean:.3f} ± {score.error:.3f} nats, trained in {found.training_seconds:.1f} s"

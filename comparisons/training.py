@@ -150,11 +150,11 @@ def train(
     model, optimizer = fabric.setup(compiled(density) if how.compile else density, optimizer)
     state, dtype = beginning(density, how), dtype_of(density)
     if checkpoint is not None and checkpoint.is_file():
-        state = load(checkpoint, density, optimizer, generator)
+        state = load(checkpoint, density, optimizer, generator, fabric)
 
     def write() -> None:
         if checkpoint is not None and fabric.is_global_zero:
-            save(checkpoint, state, density, optimizer, generator)
+            save(checkpoint, state, density, optimizer, generator, fabric)
 
     while (spent := budget.spent(state.step, state.seconds)) < 1:
         started = clock(fabric.device)
@@ -289,13 +289,19 @@ def beginning(density: nn.Module, how: Optimisation) -> State:
 
 
 def save(
-    path: Path, state: State, density: nn.Module, optimizer: torch.optim.Optimizer, generator: torch.Generator
+    path: Path,
+    state: State,
+    density: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    generator: torch.Generator,
+    fabric: Fabric,
 ) -> None:
     """Atomically: the file is the old checkpoint or the new one, never half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     content: dict[str, Any] = {
         "density": density.state_dict(),
         "optimizer": optimizer.state_dict(),
+        "precision": fabric.strategy.precision.state_dict(),  # the scale of 16-mixed
         "generator": generator.get_state(),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
@@ -307,12 +313,15 @@ def save(
     os.replace(unfinished, path)
 
 
-def load(path: Path, density: nn.Module, optimizer: torch.optim.Optimizer, generator: torch.Generator) -> State:
+def load(
+    path: Path, density: nn.Module, optimizer: torch.optim.Optimizer, generator: torch.Generator, fabric: Fabric
+) -> State:
     """Put everything back; the state says how far the training had come."""
     content = torch.load(path, map_location="cpu", weights_only=True)
     weights = next(density.parameters())
     density.load_state_dict(content["density"])
     optimizer.load_state_dict(content["optimizer"])
+    fabric.strategy.precision.load_state_dict(content["precision"])
     generator.set_state(content["generator"])
     torch.set_rng_state(content["torch"])
     if content["cuda"]:

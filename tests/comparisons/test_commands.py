@@ -235,6 +235,21 @@ def test_a_cell_that_fails_is_recorded_and_the_rest_goes_on(tmp_path: Path, monk
     assert json.loads((tmp_path / "results.json").read_text())["failures"] == []
 
 
+def test_no_cell_is_run_at_a_rate_that_is_not_decided(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from comparisons import workers
+    from comparisons.training import PausedError
+
+    def lost(cell, fabric, on_progress):
+        raise PausedError("a worker process died")
+
+    monkeypatch.setattr(workers, "run_trial", lost)
+    options = ["--task", "smoke", "--method", "nflows-maf", "--steps", "3", "--tune", "--workers", "1"]
+    code, output = run("run", *options, "--out", str(tmp_path))
+    assert code == PAUSED and "goes on" in output and not (tmp_path / "results.jsonl").exists()
+    monkeypatch.undo()
+    assert run("run", *options, "--out", str(tmp_path))[0] == 0
+
+
 def test_scores_that_are_not_finite_are_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from comparisons import cells
 

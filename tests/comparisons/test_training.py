@@ -96,11 +96,11 @@ def test_a_training_that_was_broken_off_ends_with_the_same_numbers(
         assert torch.equal(one, other)
 
 
-def test_a_checkpoint_is_never_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_is_never_half_written(fabric: Fabric, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     net = torch.nn.Linear(2, 2)
     optimizer, generator = torch.optim.Adam(net.parameters()), torch.Generator()
     file = tmp_path / "cell.ckpt"
-    training.save(file, training.State(best=training.snapshot(net), step=1), net, optimizer, generator)
+    training.save(file, training.State(best=training.snapshot(net), step=1), net, optimizer, generator, fabric)
 
     def torn(content: object, path: Path) -> None:
         Path(path).write_bytes(b"half of")
@@ -108,8 +108,8 @@ def test_a_checkpoint_is_never_half_written(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(torch, "save", torn)
     with pytest.raises(KeyboardInterrupt):
-        training.save(file, training.State(best=training.snapshot(net), step=2), net, optimizer, generator)
-    assert training.load(file, net, optimizer, generator).step == 1
+        training.save(file, training.State(best=training.snapshot(net), step=2), net, optimizer, generator, fabric)
+    assert training.load(file, net, optimizer, generator, fabric).step == 1
 
 
 @pytest.mark.parametrize("name", ["nflows-realnvp-swapped", "normflows-glow"])  # the second holds ActNorms
@@ -148,13 +148,28 @@ def test_a_batch_without_a_finite_gradient_is_left_out(fabric: Fabric) -> None:
     assert len(calls) == 7 and all(map(math.isfinite, history.validation))  # the first is to meet the data
 
 
+def half_precision(scale: float) -> tuple[Fabric, torch.amp.GradScaler]:
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    return Fabric(accelerator="cpu", devices=1, plugins=[MixedPrecision("16-mixed", "cpu", scaler)]), scaler
+
+
 def test_half_precision_finds_its_scale() -> None:
     """The scaler begins too high and lowers its scale batch by batch, until gradients are finite."""
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24)
-    fabric = Fabric(accelerator="cpu", devices=1, plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
+    fabric, scaler = half_precision(2.0**24)
     _, history, _ = trained("nice", fabric, Budget(steps=30))
     assert scaler.get_scale() < 2.0**20
     assert history.validation[-1] < history.validation[0]  # no step had been taken there
+
+
+def test_a_training_in_half_precision_goes_on_at_its_scale(tmp_path: Path) -> None:
+    (fabric, scaler), (again, fresh) = half_precision(2.0**7), half_precision(2.0**24)
+    net = torch.nn.Linear(2, 2)
+    model, optimizer = fabric.setup(net, torch.optim.Adam(net.parameters()))
+    fabric.backward(model(torch.ones(1, 2)).sum())  # a scaler has no scale before it has scaled
+    generator, file = torch.Generator(), tmp_path / "cell.ckpt"
+    training.save(file, training.State(best=training.snapshot(net)), net, optimizer, generator, fabric)
+    training.load(file, net, optimizer, generator, again)
+    assert fresh.get_scale() == scaler.get_scale() == 2.0**7
 
 
 @pytest.mark.parametrize("wrong", [{"steps": 0}, {"seconds": -1.0}, {"parameters": 0}, {"batch": 0}])
