@@ -53,6 +53,7 @@ def twin(name: str, swapped: type[nn.Module]) -> Method:
 
 SWAPPED = (
     twin("nflows-realnvp", AffineCouplingTransform),
+    twin("nflows-glow", AffineCouplingTransform),
     twin("nflows-maf", MaskedAffineAutoregressiveTransform),
     twin("normflows-realnvp", normflows.flows.AffineCouplingBlock),
     twin("normflows-glow", normflows.flows.AffineCouplingBlock),

@@ -58,8 +58,9 @@ def branch(channels: int, width: int, context_features: int | None) -> Lipschitz
 
 
 def ours(channels: int, number: int, width: int, context_features: int | None) -> list[Transform]:
-    """Today's defaults, and ActNorm: pixels spread by a logit need scales that no contraction has."""
-    return [ActNorm(channels), ResidualTransform(branch(channels, width, context_features))]
+    """Today's defaults in Glow's step: pixels spread by a logit need scales that no contraction has."""
+    block = ResidualTransform(branch(channels, width, context_features))
+    return [ActNorm(channels), OneByOneConvolution(channels), block]
 
 
 def i_resnet(channels: int, number: int, width: int, context_features: int | None) -> list[Transform]:
@@ -82,8 +83,8 @@ def i_densenet(channels: int, number: int, width: int, context_features: int | N
 
 
 def ours_in_normflows(channels: int, number: int, width: int, context_features: int | None) -> list[nn.Module]:
-    flows = [ResidualFlow(branch(channels, width, None)), normflows.flows.ActNorm((channels, 1, 1))]
-    return [Block(flows)]
+    mixing = [normflows.flows.Invertible1x1Conv(channels, use_lu=True), normflows.flows.ActNorm((channels, 1, 1))]
+    return [Block([ResidualFlow(branch(channels, width, None)), *mixing])]
 
 
 # couplings -------------------------------------------------------------------------------------------

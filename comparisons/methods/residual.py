@@ -102,7 +102,7 @@ def update_lipschitz(density: Density) -> None:
 METHODS = (
     Method(
         "ours",
-        "Residual blocks of this package with its defaults, alone, in nflows",
+        "Residual blocks of this package with its defaults, in nflows; alone, and for images in Glow's step",
         "residual",
         "this package, after Behrmann et al. 2019, arXiv 1811.00995",
         ours,

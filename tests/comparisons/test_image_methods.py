@@ -50,10 +50,12 @@ def contexts(rows: int, features: int | None) -> Tensor | None:
     return None if features is None else torch.randn(rows, features)
 
 
-def made(method: Method, shape: tuple[int, ...] = SHAPE, context_features: int | None = None) -> Density:
+def made(
+    method: Method, shape: tuple[int, ...] = SHAPE, context_features: int | None = None, parameters: int = BUDGET
+) -> Density:
     """After two steps of training, so that it is nowhere the identity and ActNorm has seen images."""
     torch.manual_seed(0)
-    density = build(method, shape, BUDGET, context_features)
+    density = build(method, shape, parameters, context_features)
     x, context = torch.rand(64, *shape), contexts(64, context_features)
     if method.fit is not None:
         method.fit(density, torch.rand(200, *shape), x)
@@ -121,8 +123,8 @@ def test_samples_have_the_density_that_they_came_with(name: str) -> None:
 
 
 def test_twelve_blocks_are_inverted_to_round_off() -> None:
-    """Three scales of four blocks, with ActNorm and factored channels, as CIFAR-10 has them."""
-    density = made(METHODS["ours"], (3, 16, 16))
+    """Three scales of four blocks, with ActNorm, 1x1 convolutions and factored channels, as CIFAR-10 has them."""
+    density = made(METHODS["ours"], (3, 16, 16), parameters=24_000)
     assert sum(isinstance(module, ResidualBlock) for module in density.modules()) == 12
     x = torch.rand(8, 3, 16, 16)
     with torch.no_grad():
