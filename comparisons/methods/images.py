@@ -23,7 +23,7 @@ from comparisons.methods.multiscale import Block, MultiscaleDensity, nflows_imag
 from iresflow_plugin.adapters.nflows import ResidualTransform
 from iresflow_plugin.adapters.normflows import ResidualFlow
 from iresflow_plugin.lipschitz import CLipSwish, LipSwish
-from iresflow_plugin.log_det import PowerSeries, RussianRoulette
+from iresflow_plugin.log_det import Geometric, PowerSeries, RussianRoulette
 from iresflow_plugin.nets import LipschitzConvNet, LipschitzDenseNet
 
 KERNELS = (3, 1, 3)
@@ -72,14 +72,14 @@ def i_resnet(channels: int, number: int, width: int, context_features: int | Non
 def residual_flow(channels: int, number: int, width: int, context_features: int | None) -> list[Transform]:
     sizes = [channels, width, width, channels]
     net = LipschitzConvNet(sizes, KERNELS, context_features, activation=LipSwish, lipschitz=0.98**3)
-    return [ActNorm(channels), ResidualTransform(net, log_det=RussianRoulette(exact_terms=2))]
+    return [ActNorm(channels), ResidualTransform(net, log_det=RussianRoulette(Geometric(), exact_terms=2))]
 
 
 def i_densenet(channels: int, number: int, width: int, context_features: int | None) -> list[Transform]:
     net = LipschitzDenseNet(
         channels, [width] * 3, kernel=3, context_features=context_features, activation=CLipSwish, lipschitz=0.98**4
     )
-    return [ActNorm(channels), ResidualTransform(net, log_det=RussianRoulette(exact_terms=2))]
+    return [ActNorm(channels), ResidualTransform(net, log_det=RussianRoulette(Geometric(), exact_terms=2))]
 
 
 def ours_in_normflows(channels: int, number: int, width: int, context_features: int | None) -> list[nn.Module]:

@@ -13,7 +13,7 @@ from comparisons.methods.hosts import NflowsDensity, NormflowsDensity, nflows_fl
 from comparisons.methods.images import IMAGES
 from iresflow_plugin.adapters.nflows import ResidualTransform
 from iresflow_plugin.lipschitz import CLipSwish, LipSwish
-from iresflow_plugin.log_det import PowerSeries, RussianRoulette
+from iresflow_plugin.log_det import Geometric, PowerSeries, RussianRoulette
 from iresflow_plugin.nets import LipschitzDenseNet, LipschitzMLP
 
 
@@ -45,7 +45,7 @@ def residual_flow(features: int, width: int, context_features: int | None) -> nn
     transforms: list[Transform] = []
     for _ in range(BLOCKS):
         net = LipschitzMLP(sizes, context_features, activation=LipSwish, lipschitz=0.98 ** (len(sizes) - 1))
-        transforms += [ActNorm(features), ResidualTransform(net, log_det=RussianRoulette(exact_terms=2))]
+        transforms += [ActNorm(features), ResidualTransform(net, log_det=RussianRoulette(Geometric(), exact_terms=2))]
     return nflows_flow(features, transforms)
 
 
@@ -61,7 +61,7 @@ def i_densenet(features: int, width: int, context_features: int | None) -> nn.Mo
             activation=CLipSwish,
             lipschitz=0.98 ** (len(growth) + 1),
         )
-        transforms += [ActNorm(features), ResidualTransform(net, log_det=RussianRoulette(exact_terms=2))]
+        transforms += [ActNorm(features), ResidualTransform(net, log_det=RussianRoulette(Geometric(), exact_terms=2))]
     return nflows_flow(features, transforms)
 
 

@@ -5,11 +5,12 @@ from iresflow_plugin.log_det.estimate import Estimate, LogDet
 from iresflow_plugin.log_det.exact import Exact
 from iresflow_plugin.log_det.omitted import Omitted
 from iresflow_plugin.log_det.probes import Gaussian, Orthogonal, Rademacher
-from iresflow_plugin.log_det.roulette import Geometric, Poisson, RussianRoulette
+from iresflow_plugin.log_det.roulette import Decay, Geometric, Poisson, RussianRoulette
 from iresflow_plugin.log_det.series import PowerSeries
 
 __all__ = [
     "BySize",
+    "Decay",
     "Estimate",
     "Exact",
     "Gaussian",

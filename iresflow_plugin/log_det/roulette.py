@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,8 +11,20 @@ from torch import Tensor
 
 from iresflow_plugin.log_det.estimate import Estimate
 from iresflow_plugin.log_det.probes import Probes, as_probes
-from iresflow_plugin.log_det.series import estimate_series
-from iresflow_plugin.maps import Map
+from iresflow_plugin.log_det.series import Weigh, Weights, estimate_series, listed, tails_of
+from iresflow_plugin.maps import Map, is_readable, norms
+
+
+@dataclass(frozen=True)
+class Decay:
+    """P(N >= j) = |(J^T)^(m+j-1) v| / |(J^T)^(m-1) v|, each norm the largest of the batch: a term is computed as
+    likely as the vector that it is made of is long.
+
+    Every product with J^T shortens by L at least. So P(N >= j) <= L^j, and a reweighted term (J^T)^(m+j) v / P(N >= j)
+    is no longer than L |(J^T)^(m-1) v| <= L^m |v|: the worst case is that of `Geometric()`, without a condition, and
+    where J is smaller than its bound most of the terms are saved. Where the lengths cannot be read, as in
+    torch.func.vmap, the value is the same and nothing is saved.
+    """
 
 
 @dataclass(frozen=True)
@@ -83,17 +96,17 @@ class RussianRoulette:
     """sum_k (-1)^(k+1) c_k E[v^T J^k v] / k, unbiased (Chen et al. 2019, arXiv 1906.02735).
 
     Draws N for every probe; c_k = 1 for k <= m and 1[N >= k - m] / P(N >= k - m) beyond. The value and the gradient are
-    unbiased for log det(I + J); the series ends early only when all that follows is below the round-off of the sum.
-    First derivatives only; `Exact` may be differentiated twice with respect to x.
+    unbiased for log det(I + J); a distribution fixed beforehand is cut short only when all that follows is below the
+    round-off of the sum. First derivatives only; `Exact` may be differentiated twice with respect to x.
 
     Args:
-        distribution: `Geometric()` or `Poisson(rate)`.
+        distribution: of N: `Decay()`, which spends least, `Geometric()` or `Poisson(rate)`.
         exact_terms: m, the terms that are always there.
         probes: how many Rademacher probes, or `Rademacher(n)`, `Gaussian(n)`, `Orthogonal(n)`.
         generator: source of randomness; None is torch's global one.
     """
 
-    distribution: Geometric | Poisson = Geometric()
+    distribution: Decay | Geometric | Poisson = Decay()
     exact_terms: int = 4
     probes: int | Probes = 1
     generator: torch.Generator | None = None
@@ -101,18 +114,19 @@ class RussianRoulette:
     def __post_init__(self) -> None:
         if self.exact_terms < 1:
             raise ValueError(f"exact_terms must be at least 1, got {self.exact_terms}.")
-        if not isinstance(self.distribution, (Geometric, Poisson)):
-            raise TypeError(f"distribution must be Geometric(p) or Poisson(rate), got {self.distribution!r}.")
+        if not isinstance(self.distribution, (Decay, Geometric, Poisson)):
+            raise TypeError(f"distribution must be Decay(), Geometric(p) or Poisson(rate), got {self.distribution!r}.")
         as_probes(self.probes)
 
     def __call__(self, g: Map, x: Tensor) -> Estimate:
         bound = g.ceiling  # not g.bound: reading that would make the host wait for the device
         v = as_probes(self.probes).draw(x, self.generator)
-        draws = [self.distribution.sample(bound, self.generator) for _ in range(v.shape[0])]
-        heavier = [1 / self.distribution.survival(j, bound) for j in range(1, max(draws) + 1)]
-        weights = [[1.0]] * self.exact_terms
-        weights += [[weight * (j <= n) for n in draws] for j, weight in enumerate(heavier, start=1)]
-        estimate = estimate_series(g, x, v, weights, bound, rest=0.0)
+        if isinstance(self.distribution, Decay):
+            draws = [_uniform(self.generator) for _ in range(v.shape[0])]
+            estimate = estimate_series(g, x, v, _by_length(draws, self.exact_terms, bound))
+        else:
+            weights = self._weights(self.distribution, v.shape[0], bound)
+            estimate = estimate_series(g, x, v, listed(weights), tails_of(weights, bound, rest=0.0))
         return Estimate(
             estimate.value,
             estimate.log_det,
@@ -120,6 +134,33 @@ class RussianRoulette:
             torch.zeros_like(estimate.remainder),
             estimate.terms,
         )
+
+    def _weights(self, distribution: Geometric | Poisson, probes: int, bound: float) -> list[list[float]]:
+        """Of all terms up to the largest N drawn."""
+        draws = [distribution.sample(bound, self.generator) for _ in range(probes)]
+        heavier = [1 / distribution.survival(j, bound) for j in range(1, max(draws) + 1)]
+        beyond = [[weight * (j <= n) for n in draws] for j, weight in enumerate(heavier, start=1)]
+        return [*[[1.0]] * self.exact_terms, *beyond]
+
+
+def _by_length(draws: Sequence[float], exact_terms: int, bound: float) -> Weigh:
+    """`Decay`: N >= j where a uniform number, one for each probe, lies below P(N >= j), which falls with j."""
+    first: list[Tensor] = []
+
+    def weigh(k: int, vector: Tensor) -> Weights | None:
+        j = k - exact_terms
+        if j < 0 or vector.numel() == 0:
+            return [1.0] if j <= 0 else None
+        longest = norms(vector.flatten(0, 1)).view(vector.shape[:2]).amax(1)  # of every probe
+        if j == 0:
+            first.append(longest)
+            return [1.0]
+        survival = longest / first[0]
+        alive = longest.new_tensor(draws) < survival
+        more = bool(alive.any()) if is_readable(alive) else min(draws) < bound**j
+        return torch.where(alive, 1 / survival, 0.0) if more else None
+
+    return weigh
 
 
 def _uniform(generator: torch.Generator | None) -> float:

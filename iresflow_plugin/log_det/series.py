@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,8 @@ from iresflow_plugin.log_det.estimate import Estimate
 from iresflow_plugin.log_det.probes import Probes, as_probes
 from iresflow_plugin.maps import Linearised, Map, inside_functorch, is_readable
 
-Weights = Sequence[float]  # of one term: for all probes, or for each
+Weights = Sequence[float] | Tensor  # of one term: for all probes, or for each
+Weigh = Callable[[int, Tensor], Weights | None]  # (k, (J^T)^(k-1) v) -> weights of the k-th term; None ends the series
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,9 @@ class PowerSeries:
         bound = g.bound
         v = as_probes(self.probes).draw(x, self.generator)
         terms = self.terms or terms_needed(bound, _longest(v), self.tolerance or 0.0)
-        rest = bound / ((terms + 1) * (1 - bound))
-        return estimate_series(g, x, v, [[1.0]] * terms, bound, rest, self.tolerance)
+        weights = [[1.0]] * terms
+        tails = tails_of(weights, bound, rest=bound / ((terms + 1) * (1 - bound)))
+        return estimate_series(g, x, v, listed(weights), tails, self.tolerance)
 
 
 def terms_needed(bound: float, size: float, tolerance: float) -> int:
@@ -69,27 +71,34 @@ def terms_needed(bound: float, size: float, tolerance: float) -> int:
     return n
 
 
-def estimate_series(
-    g: Map,
-    x: Tensor,
-    v: Tensor,
-    weights: Sequence[Weights],
-    bound: float,
-    rest: float,
-    tolerance: float | None = None,
-) -> Estimate:
-    """sum_k (-1)^(k+1) weights[k-1] v^T J^k v / k, with the gradient of its expectation.
+def listed(weights: Sequence[Sequence[float]]) -> Weigh:
+    """Weights that are known before the series begins."""
+    return lambda k, vector: weights[k - 1] if k <= len(weights) else None
 
-    Its gradient is tr(sum_k (-1)^(k-1) weights[k-1] J^(k-1) dJ) (the Neumann gradient, Chen et al. 2019, arXiv
-    1906.02735): the sum w = sum_k (-1)^(k-1) weights[k-1] (J^T)^(k-1) v is built without a graph and meets dJ in one
-    product with a graph, so memory does not grow with the number of terms. First derivatives only: w holds still.
+
+def tails_of(weights: Sequence[Sequence[float]], bound: float, rest: float) -> list[float]:
+    """tails[k] = sum_{j > k} weights[j-1] L^(j-k) / j for the heaviest probe, ending in `rest`."""
+    tails = [rest]
+    for j in range(len(weights), 0, -1):
+        tails.append(bound * (max(weights[j - 1]) / j + tails[-1]))
+    return tails[::-1]
+
+
+def estimate_series(
+    g: Map, x: Tensor, v: Tensor, weigh: Weigh, tails: Sequence[float] | None = None, tolerance: float | None = None
+) -> Estimate:
+    """sum_k (-1)^(k+1) c_k v^T J^k v / k with weights c_k, and the gradient of its expectation.
+
+    Its gradient is tr(sum_k (-1)^(k-1) c_k J^(k-1) dJ) (the Neumann gradient, Chen et al. 2019, arXiv 1906.02735): the
+    sum w = sum_k (-1)^(k-1) c_k (J^T)^(k-1) v is built without a graph and meets dJ in one product with a graph, so
+    memory does not grow with the number of terms. First derivatives only: w holds still.
     For images, whose hidden layers are large, the backward pass evaluates g and that product once more instead of
     keeping what lies in between: a block then holds x, v and w.
 
     Args:
         v: probes, shape (K, B, *event).
-        weights: for every term one number, or one per probe.
-        rest: bounds sum_{k > n} L^(k-n) weights[k-1] / k, what follows the last term, per |v| |(J^T)^n v|.
+        weigh: c_k, one number or one per probe.
+        tails: bounds of what follows k = 0, 1, ... terms, per |v| |(J^T)^k v|; None if `weigh` alone ends the series.
         tolerance: stop as soon as what follows is below this for all samples; None stops at round-off.
     """
     sums: list[tuple[Tensor, Tensor, Tensor, int]] = []
@@ -98,7 +107,7 @@ def estimate_series(
         """g(x) and v^T (dJ) w, with a graph; the series itself is summed the first time alone."""
         at_x = g.linearise(x)
         if not sums:
-            sums.append(_sum_series(at_x, v, _tails(weights, bound, rest), weights, tolerance))
+            sums.append(_sum_series(at_x, v, weigh, tails, tolerance))
         return at_x.value, _dot(at_x.jvp(v), sums[0][1]).mean(0) if torch.is_grad_enabled() else None
 
     pays = x.ndim > 2 and torch.is_grad_enabled() and not torch.compiler.is_compiling()
@@ -117,21 +126,24 @@ def estimate_series(
 
 @torch.no_grad()
 def _sum_series(
-    at_x: Linearised, v: Tensor, tails: Sequence[float], weights: Sequence[Weights], tolerance: float | None
+    at_x: Linearised, v: Tensor, weigh: Weigh, tails: Sequence[float] | None, tolerance: float | None
 ) -> tuple[Tensor, Tensor, Tensor, int]:
     """The series per probe and sample, the Neumann vector w, the bound of what was left out, the terms used."""
     length = _dot(v, v).sqrt()
     round_off = (torch.finfo(length.dtype).eps * length**2).mean(0)
     enough = round_off if tolerance is None else torch.full_like(round_off, tolerance)
     w = torch.zeros_like(at_x.value, dtype=v.dtype).expand_as(v).clone()  # under vmap many, as g is, where v is one
-    value, vector, remainder = _dot(w, w), v, length**2 * tails[0]
+    value, vector, remainder = _dot(w, w), v, length**2 * (tails[0] if tails else 0.0)
     k = 0
     look_every = 1 if v.device.type == "cpu" else 4  # a look makes the host wait for the device
-    for k, weight in enumerate(weights, start=1):
+    while (weight := weigh(k + 1, vector)) is not None:
+        k += 1
         sign = 1.0 if k % 2 else -1.0
         _add(w, vector, weight, sign)
         vector = at_x.vjp(vector)
         _add(value, _dot(vector, v), weight, sign / k)
+        if tails is None:
+            continue
         remainder = length * _dot(vector, vector).sqrt() * tails[k]
         if k % look_every == 0 and is_readable(remainder) and bool((remainder.mean(0) <= enough).all()):
             break
@@ -140,18 +152,11 @@ def _sum_series(
 
 def _add(total: Tensor, term: Tensor, weight: Weights, factor: float) -> None:
     """total += factor weight term, in place, with a weight of its own for every probe if there are several."""
-    if len(weight) == 1:
+    if not isinstance(weight, Tensor) and len(weight) == 1:
         total.add_(term, alpha=factor * weight[0])
     else:
-        total.addcmul_(term, term.new_tensor(weight).view(-1, *[1] * (term.ndim - 1)), value=factor)
-
-
-def _tails(weights: Sequence[Weights], bound: float, rest: float) -> list[float]:
-    """tails[k] = sum_{j > k} weights[j-1] L^(j-k) / j for the heaviest probe, ending in `rest`."""
-    tails = [rest]
-    for j in range(len(weights), 0, -1):
-        tails.append(bound * (max(weights[j - 1]) / j + tails[-1]))
-    return tails[::-1]
+        each = torch.as_tensor(weight, dtype=term.dtype, device=term.device)
+        total.add_(term * each.view(-1, *[1] * (term.ndim - 1)), alpha=factor)  # addcmul_ has no rule for vmap
 
 
 def _longest(v: Tensor) -> float:

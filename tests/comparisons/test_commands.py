@@ -360,7 +360,7 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> N
 def test_ctrl_c_leaves_finished_results(command: Command, tmp_path: Path) -> None:
     methods = ["nflows-maf", "normflows-realnvp", "nflows-nsf", "ours", "nflows-maf-swapped", "nflows-realnvp"]
     options = [part for name in methods for part in ("--method", name)]
-    process = command("run", "--task", "smoke", *options, "--steps", "10", "--out", "out")
+    process = command("run", "--task", "smoke", *options, "--steps", "200", "--out", "out")
     lines = tmp_path / "out" / "results.jsonl"
     wait_for(lambda: lines.exists() and len(lines.read_text().splitlines()) >= 1, process)
     process.send_signal(signal.SIGINT)
