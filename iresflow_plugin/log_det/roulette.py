@@ -107,7 +107,7 @@ class RussianRoulette:
     """
 
     distribution: Decay | Geometric | Poisson = Decay()
-    exact_terms: int = 4
+    exact_terms: int = 2
     probes: int | Probes = 1
     generator: torch.Generator | None = None
 
