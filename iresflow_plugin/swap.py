@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import chain
@@ -19,13 +19,14 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from iresflow_plugin.lipschitz import AddContext
-from iresflow_plugin.nets import LipschitzMLP
+from iresflow_plugin.nets import LipschitzConvNet, LipschitzMLP
 
 Select = type | tuple[type, ...] | str | Sequence[str] | Callable[[str, nn.Module], bool]
 Event = tuple[int, ...]
 Replace = Callable[[Any, int, int | None], nn.Module]
 
 DEFAULT_WIDTH = 64
+NETS: dict[int, Callable[..., nn.Module]] = {1: LipschitzMLP, 3: LipschitzConvNet}  # by axes of an event
 
 # Per host: the base class of its transforms; the modules that call what they hold as transforms (what lies inside any
 # other module of a host is that module's affair); and the transforms of lists of tensors, where no block can stand.
@@ -101,7 +102,8 @@ def swap_transforms(
             (path, transform) -> bool. Of nested transforms the outermost is replaced; parts of a coupling cannot be.
         replace: a function (features, hidden_features, context_features) -> branch, `ResidualBlock`, or ready transform
             of the host. `features` is an integer for vectors, and the event shape otherwise. None is
-            `LipschitzMLP([features, hidden_features, hidden_features, features], context_features)`.
+            `LipschitzMLP([features, hidden_features, hidden_features, features], context_features)`, or for images
+            `LipschitzConvNet` with their channels in place of the features.
         match_parameters: choose the width with which the number of trainable parameters comes closest to the old one.
         hidden_features: the width if `match_parameters` is False; None is 64.
         event_shape: of the selected transforms. None reads it off the transform's attribute `features`, or off the
@@ -128,11 +130,11 @@ def swap_transforms(
     torch.Size([5])
     """
     _check_width(hidden_features, match_parameters)
-    make: Replace = _mlp if replace is None else replace
+    make: Replace = _branch if replace is None else replace
     count = _counter(make)
     swaps = []
     for paths, old in _chosen(flow, select):
-        features = _features(flow, paths[0], old, event_shape, vectors=replace is None)
+        features = _features(flow, paths[0], old, event_shape, known=NETS if replace is None else None)
         context = _context_features(paths[0], old, context_features)
         width = hidden_features or DEFAULT_WIDTH
         if match_parameters:
@@ -236,20 +238,24 @@ def _host(module: object) -> str | None:
 
 
 def _features(
-    flow: nn.Module, path: str, old: nn.Module, given: int | Sequence[int] | None, vectors: bool
+    flow: nn.Module, path: str, old: nn.Module, given: int | Sequence[int] | None, known: Collection[int] | None
 ) -> int | Event:
-    """The number of features of a vector, or the event shape."""
+    """The number of features of a vector, or the event shape; `known` are the numbers of axes that have a net."""
     where = f"'{path}' ({type(old).__name__})"
     event = _found_event(flow, path, old) if given is None else _as_event(given)
     if event is None:
         raise ValueError(f"The shape of the events at {where} is not known; pass event_shape=.")
     if len(event) == 1:
         return event[0]
-    if vectors or given is None:
+    if given is None:
         raise ValueError(
-            f"The events at {where} seem to be of shape {event}, and LipschitzMLP takes vectors. Pass replace= with a "
-            "branch for such events, such as LipschitzConvNet, and event_shape=, since images change shape on their "
+            f"The events at {where} seem to be of shape {event}. Pass event_shape=, since images change shape on their "
             "way through a flow."
+        )
+    if known is not None and len(event) not in known:
+        raise ValueError(
+            f"The events at {where} are of shape {event}, for which there is no net here. Pass replace= with a branch "
+            "for such events."
         )
     return event
 
@@ -347,8 +353,10 @@ def _context_sizes(part: Any) -> Iterator[int]:
 # the new transform -----------------------------------------------------------------------------------
 
 
-def _mlp(features: Any, hidden_features: int, context_features: int | None) -> nn.Module:
-    return LipschitzMLP([features, hidden_features, hidden_features, features], context_features)
+def _branch(features: Any, hidden_features: int, context_features: int | None) -> nn.Module:
+    inputs = features if isinstance(features, int) else features[0]
+    net = NETS[1 if isinstance(features, int) else len(features)]
+    return net([inputs, hidden_features, hidden_features, inputs], context_features=context_features)
 
 
 def _check_width(hidden_features: int | None, match_parameters: bool) -> None:

@@ -329,8 +329,8 @@ def image_flow() -> Flow:
     return Flow(scales, StandardNormal([16]))
 
 
-def test_images_are_refused_with_path_and_shape() -> None:
-    with pytest.raises(ValueError, match=r"'_transform._transforms.0._transforms.1' .*shape \(4, 2, 2\).*replace="):
+def test_images_ask_for_their_shape() -> None:
+    with pytest.raises(ValueError, match=r"'_transform._transforms.0._transforms.1' .*shape \(4, 2, 2\).*event_shape="):
         swap_transforms(image_flow(), COUPLING)
     model = nf.NormalizingFlow(nf.distributions.DiagGaussian((4, 2, 2)), [nf.flows.GlowBlock(4, 8)])
     with pytest.raises(ValueError, match=r"'flows.0' \(GlowBlock\).*shape \(4, 2, 2\)"):
@@ -339,6 +339,16 @@ def test_images_are_refused_with_path_and_shape() -> None:
         swap_transforms(model, nf.flows.GlowBlock, image_branch)
     with pytest.raises(ValueError, match="not known; pass event_shape="):  # `features` are channels
         swap_transforms(transforms.CompositeTransform([image_coupling(4)]), COUPLING)
+    with pytest.raises(ValueError, match=r"shape \(4, 2\), for which there is no net here. Pass replace="):
+        swap_transforms(model, nf.flows.GlowBlock, event_shape=(4, 2))
+
+
+def test_images_get_a_convolutional_net() -> None:
+    flow, path = image_flow(), "_transform._transforms.1"
+    report = swap_transforms(flow, path, event_shape=(2, 2, 2))
+    assert "ResidualTransform(LipschitzConvNet)" in str(report)
+    assert abs(report.parameters_after / report.parameters_before - 1) < 0.2
+    assert flow.log_prob(torch.randn(5, 1, 4, 4)).shape == (5,)
 
 
 def test_images_with_a_branch_for_them() -> None:
