@@ -321,7 +321,8 @@ def load(
     weights = next(density.parameters())
     density.load_state_dict(content["density"])
     optimizer.load_state_dict(content["optimizer"])
-    fabric.strategy.precision.load_state_dict(content["precision"])
+    if content.get("precision"):
+        fabric.strategy.precision.load_state_dict(content["precision"])
     generator.set_state(content["generator"])
     torch.set_rng_state(content["torch"])
     if content["cuda"]:
