@@ -27,6 +27,7 @@ from iresflow_plugin.log_det import Geometric, PowerSeries, RussianRoulette
 from iresflow_plugin.nets import LipschitzConvNet, LipschitzDenseNet
 
 KERNELS = (3, 1, 3)
+ROULETTE = RussianRoulette(Geometric(), exact_terms=2)  # of Residual Flow and i-DenseNet, not our default
 Steps = Callable[[int, int, int, int | None], list[Any]]  # (channels, number, width, context_features)
 
 
@@ -72,14 +73,14 @@ def i_resnet(channels: int, number: int, width: int, context_features: int | Non
 def residual_flow(channels: int, number: int, width: int, context_features: int | None) -> list[Transform]:
     sizes = [channels, width, width, channels]
     net = LipschitzConvNet(sizes, KERNELS, context_features, activation=LipSwish, lipschitz=0.98**3)
-    return [ActNorm(channels), ResidualTransform(net, log_det=RussianRoulette(Geometric(), exact_terms=2))]
+    return [ActNorm(channels), ResidualTransform(net, log_det=ROULETTE)]
 
 
 def i_densenet(channels: int, number: int, width: int, context_features: int | None) -> list[Transform]:
     net = LipschitzDenseNet(
         channels, [width] * 3, kernel=3, context_features=context_features, activation=CLipSwish, lipschitz=0.98**4
     )
-    return [ActNorm(channels), ResidualTransform(net, log_det=RussianRoulette(Geometric(), exact_terms=2))]
+    return [ActNorm(channels), ResidualTransform(net, log_det=ROULETTE)]
 
 
 def ours_in_normflows(channels: int, number: int, width: int, context_features: int | None) -> list[nn.Module]:

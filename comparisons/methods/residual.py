@@ -10,10 +10,10 @@ from torch import nn
 from comparisons.methods.coupling import conditioner, permutation
 from comparisons.methods.density import BLOCKS, Density, Method
 from comparisons.methods.hosts import NflowsDensity, NormflowsDensity, nflows_flow, normflows_flow
-from comparisons.methods.images import IMAGES
+from comparisons.methods.images import IMAGES, ROULETTE
 from iresflow_plugin.adapters.nflows import ResidualTransform
 from iresflow_plugin.lipschitz import CLipSwish, LipSwish
-from iresflow_plugin.log_det import Geometric, PowerSeries, RussianRoulette
+from iresflow_plugin.log_det import PowerSeries
 from iresflow_plugin.nets import LipschitzDenseNet, LipschitzMLP
 
 
@@ -45,7 +45,7 @@ def residual_flow(features: int, width: int, context_features: int | None) -> nn
     transforms: list[Transform] = []
     for _ in range(BLOCKS):
         net = LipschitzMLP(sizes, context_features, activation=LipSwish, lipschitz=0.98 ** (len(sizes) - 1))
-        transforms += [ActNorm(features), ResidualTransform(net, log_det=RussianRoulette(Geometric(), exact_terms=2))]
+        transforms += [ActNorm(features), ResidualTransform(net, log_det=ROULETTE)]
     return nflows_flow(features, transforms)
 
 
@@ -61,7 +61,7 @@ def i_densenet(features: int, width: int, context_features: int | None) -> nn.Mo
             activation=CLipSwish,
             lipschitz=0.98 ** (len(growth) + 1),
         )
-        transforms += [ActNorm(features), ResidualTransform(net, log_det=RussianRoulette(Geometric(), exact_terms=2))]
+        transforms += [ActNorm(features), ResidualTransform(net, log_det=ROULETTE)]
     return nflows_flow(features, transforms)
 
 
