@@ -150,7 +150,7 @@ def measured(cell: Cell, task: Task, density: Density, history: History, scores:
         raw_log_likelihood=likelihood.mean + task.log_volume,
         bits_per_dimension=task.bits_per_dimension(likelihood.mean),
         bits_error=None if task.levels is None else likelihood.error * task.bits_per_nat,
-        log_det_error=diagnostics.log_det_error(visits, task.features, len(task.test)),
+        log_det_error=diagnostics.log_det_error(density, visits, rows, len(task.test)),
         distances=distances,
         lost_samples=lost_samples,
         training_seconds=history.seconds[-1],

@@ -74,10 +74,10 @@ def inverse_text(standing: Standing) -> str:
 
 
 def log_det_text(standing: Standing) -> str:
-    if not any(result.blocks for result in standing.results):
-        return NOTHING
     error = standing.largest(lambda result: result.log_det_error)
-    return "exact" if error == 0 else number(error, ".1e")
+    if error == 0:
+        return "exact" if any(result.blocks for result in standing.results) else NOTHING
+    return number(error, ".1e")
 
 
 def raw(result: Result) -> float:
@@ -269,7 +269,7 @@ MEANING = {
     "largest Jacobian": "The largest norm of g's Jacobian at test points, over blocks and seeds: what the bound has "
     "to cover. The gap is room that the block does not use.",
     "g per inverse": "Evaluations of g to invert one block at one point, mean over blocks.",
-    "log-det error (nats)": "Bound on what an inexact log-determinant of our blocks adds to the error of the mean.",
+    "log-det error (nats)": "Bound on what an inexact log-det (our blocks, FFJORD) adds to the error of the mean.",
     "lost samples": "Share of samples that are not finite; distances leave them out.",
     "energy distance": "Of samples to test points, mean over seeds; in brackets its floor, which fresh data would "
     "score. At the floor samples cannot be told from data. So for all distances.",

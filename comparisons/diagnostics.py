@@ -2,7 +2,7 @@
 
     visits = visit_blocks(flow, x)            every residual block, with the inputs it meets when the flow sees x
     block_rows(visits)                        certified bound, measured norm of the Jacobian, cost of the inverse
-    log_det_error(visits, features, scored)   what the log-dets may add to the error of a likelihood
+    log_det_error(density, visits, points, n) what the log-dets may add to the error of a likelihood
     log_det_work(visits)                      error against cost for every estimator
     inverse_work(visits)                      error against cost for every solver
     round_trip(density, x)                    what data -> noise -> data loses, for any flow
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from comparisons.methods import Density, Method
 from comparisons.metrics import median_seconds
 from comparisons.speed import peak_megabytes, training_step
+from comparisons.tasks import Points
 from comparisons.training import BEYOND, EXACT_UP_TO, evaluating
 from iresflow_plugin import ResidualBlock
 from iresflow_plugin.inverse import Anderson, FixedPoint, Newton, Solution, Solver
@@ -37,7 +38,6 @@ DENSE_UP_TO = 64  # dimensions: beyond this the Jacobian's norm comes from power
 POWER_STEPS = 100
 TOLERANCES = tuple(10.0**-k for k in range(1, 11))
 
-PROBES = 2  # the least that tell their scatter
 TERMS = (1, 2, 4, 8, 16, 32)
 SOLVERS: dict[str, Solver] = {"fixed point": FixedPoint(), "Anderson": Anderson(), "Newton": Newton()}
 
@@ -174,22 +174,19 @@ class _Counted(Map):
 # log-dets --------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def log_det_error(visits: Sequence[Visit], features: int, scored: int) -> float:
-    """What the log-dets of `evaluating` may add to the error of a mean over `scored` points like these; 0: exact.
+def log_det_error(density: Density, visits: Sequence[Visit], points: Points, scored: int) -> float:
+    """What log-dets may add to the error of a mean over `scored` points like these; 0: exact.
 
-    Two standard errors of what is random, and a bound of what is truncated. The scatter between probes tells it, so
-    there are two here, and one where `evaluating` leaves it at its default.
+    Two standard errors of what is random, which shows when a density is asked twice, and a bound of what the series of
+    `evaluating` leaves out in the blocks that were visited.
     """
-    if features <= EXACT_UP_TO:
-        return 0.0
-    variance = remainder = 0.0
-    series = replace(BEYOND, probes=PROBES)
-    for visit in visits:
-        estimate = series(visit.g, visit.x)
-        variance += PROBES * estimate.standard_error.double().square().mean().item()
-        remainder += estimate.remainder.double().mean().item()
-    return 2 * math.sqrt(variance / scored) + remainder
+    features = points.x[0].numel()
+    with evaluating(density, features):
+        first, second = (density.log_prob(points.x, points.context).double() for _ in range(2))
+        left_out = sum(
+            BEYOND(visit.g, visit.x).remainder.double().mean().item() for visit in visits if features > EXACT_UP_TO
+        )
+    return 2 * math.sqrt((first - second).square().mean().item() / 2 / scored) + left_out
 
 
 @dataclass(frozen=True)

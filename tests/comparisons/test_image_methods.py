@@ -185,7 +185,7 @@ def test_the_error_of_log_dets_is_known_and_covers_what_is_off(fabric: Fabric) -
     assert math.prod(shape) > EXACT_UP_TO
     density = made(METHODS["i-resnet"], shape)
     points = Points(torch.rand(32, *shape))
-    error = diagnostics.log_det_error(diagnostics.visit_blocks(density, points.x), math.prod(shape), len(points))
+    error = diagnostics.log_det_error(density, diagnostics.visit_blocks(density, points.x), points, len(points))
     with evaluating(density, math.prod(shape)):
         found = density.log_prob(points.x).mean()
     with evaluating(density, math.prod(shape), Exact()):

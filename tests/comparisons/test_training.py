@@ -16,10 +16,11 @@ from lightning.fabric.plugins import MixedPrecision
 
 from comparisons import diagnostics, metrics, training
 from comparisons.methods import METHODS, Density, build
+from comparisons.methods.continuous import EXACT_UP_TO as EXACT_FFJORD
 from comparisons.settings import Budget, Machine
 from comparisons.tasks import TASKS, Points, Task
 from comparisons.tasks.sources import REPOSITORY
-from comparisons.training import History, log_likelihoods, ready, train
+from comparisons.training import History, has_blocks, log_likelihoods, ready, train
 
 
 def small(task: str = "pinwheel") -> Task:
@@ -178,12 +179,17 @@ def test_a_budget_of_nothing_is_refused(wrong: dict) -> None:
         Budget(**wrong)
 
 
+def log_det_error(density: Density, points: Points) -> float:
+    visits = diagnostics.visit_blocks(density, points.x) if has_blocks(density) else []
+    return diagnostics.log_det_error(density, visits, points, len(points))
+
+
 def test_metrics_of_a_residual_flow(fabric: Fabric) -> None:
     density, _, _ = trained("ours", fabric, Budget(steps=3))
     points = small().test
     assert metrics.density_seconds(density, points, fabric.device) > 0
     assert metrics.sampling_seconds(density, points, fabric.device) > 0
-    assert diagnostics.log_det_error(diagnostics.visit_blocks(density, points.x), 2, len(points)) == 0.0
+    assert log_det_error(density, points) == 0.0
     distances, lost = metrics.sample_distances(density, small(), fabric)
     assert lost == 0 and distances["energy distance"].distance > distances["energy distance"].floor
 
@@ -198,11 +204,27 @@ def test_the_error_of_a_log_det_that_is_not_exact_is_told(monkeypatch: pytest.Mo
     monkeypatch.setattr(training, "EXACT_UP_TO", 10)
     with training.evaluating(density, 20):
         estimated = density.log_prob(wide.x).mean().item()
-    told = diagnostics.log_det_error(diagnostics.visit_blocks(density, wide.x), 20, len(wide))
+    told = log_det_error(density, wide)
     monkeypatch.setattr(training, "EXACT_UP_TO", 64)
     with training.evaluating(density, 20):
         exact = density.log_prob(wide.x).mean().item()
     assert 0 <= told < 1 and abs(estimated - exact) < 3 * told + 1e-6  # two standard errors and more: fails in < 1e-4
+
+
+def test_the_error_of_a_trace_that_is_not_exact_is_told() -> None:
+    density = build(METHODS["ffjord"], EXACT_FFJORD + 1, 10_000).double()
+    for parameter in density.parameters():
+        parameter.data.mul_(2)  # a fresh field bends nothing
+    generator = torch.Generator().manual_seed(0)
+    points = Points(torch.randn(200, EXACT_FFJORD + 1, dtype=torch.float64, generator=generator))
+    torch.manual_seed(0)
+    told = log_det_error(density, points)
+    with training.evaluating(density, EXACT_FFJORD + 1):
+        estimated = density.log_prob(points.x).mean().item()
+        density.flow.transform.exact = True
+        exact = density.log_prob(points.x).mean().item()
+        assert log_det_error(density, points) == 0.0
+    assert 1e-3 < told < 1 and abs(estimated - exact) < 2 * told  # four standard errors: fails in 1e-4
 
 
 def test_the_standard_error_is_that_of_a_mean() -> None:
