@@ -32,7 +32,7 @@ PAIRS, BETWEEN = 8, 8  # test images with a path through the noise between them,
 TRIAL_SHARE = 1 / 3  # of the budget, for trying a learning rate
 
 Arrays = dict[str, np.ndarray]
-Work = dict[str, list[dict[str, Any]]]
+Costs = dict[str, list[dict[str, Any]]]  # of log-dets and inverses, against their errors
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,18 @@ class Cell:
         """Its part of the progress bar."""
         return TRIAL_SHARE if self.trial else 1.0
 
+    def work(self, fabric: Fabric, on_progress: OnProgress) -> Trial | Finished:
+        return (run_trial if self.trial else run_cell)(self, fabric, on_progress)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A cell that is done: its numbers, the arrays for the pictures, and the costs inside."""
+
+    result: Result
+    arrays: Arrays
+    costs: Costs
+
 
 @cache
 def loaded(task: str, columns: tuple[str, ...]) -> Task:
@@ -88,8 +100,8 @@ def run_trial(cell: Cell, fabric: Fabric, on_progress: OnProgress) -> Trial:
     return Trial(task.name, cell.method.name, cell.rate, history.best if math.isfinite(history.best) else None)
 
 
-def run_cell(cell: Cell, fabric: Fabric, on_progress: OnProgress) -> tuple[Result, Arrays, Work]:
-    """Build, train, measure; returns the numbers, the arrays for the pictures, and the costs inside."""
+def run_cell(cell: Cell, fabric: Fabric, on_progress: OnProgress) -> Finished:
+    """Build, train, measure."""
     task = loaded(cell.task, cell.columns)
     density, history = trained(cell, task, fabric, on_progress)
     scores = log_likelihoods(density, task.test, fabric)
@@ -99,11 +111,11 @@ def run_cell(cell: Cell, fabric: Fabric, on_progress: OnProgress) -> tuple[Resul
     result = measured(cell, task, density, history, scores, fabric)
     arrays = {"scores": scores.numpy(), **(picture_arrays(density, task, fabric) if cell.pictures else {})}
     inside = (
-        work(density, ready(task.test[: max(LOOKED_INTO // task.features, 8)], density, fabric))
+        costs_inside(density, ready(task.test[: max(LOOKED_INTO // task.features, 8)], density, fabric))
         if cell.look_inside and result.blocks and len(task.shape) == 1  # blocks of images differ in size
         else {}
     )
-    return result, arrays, inside
+    return Finished(result, arrays, inside)
 
 
 def trained(cell: Cell, task: Task, fabric: Fabric, on_progress: OnProgress) -> tuple[Density, History]:
@@ -164,7 +176,7 @@ def measured(cell: Cell, task: Task, density: Density, history: History, scores:
     )
 
 
-def work(density: Density, points: Points) -> Work:
+def costs_inside(density: Density, points: Points) -> Costs:
     """Error against cost of every solver and every estimator of the log-det, in double precision."""
     exact = diagnostics.in_double(density)
     visits = diagnostics.visit_blocks(

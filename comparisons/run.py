@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,15 +13,15 @@ from lightning.fabric import Fabric
 from rich.console import Console
 from rich.progress import Progress
 
-from comparisons.cells import Cell, key_of, loaded, task_arrays
+from comparisons.cells import Cell, Finished, key_of, loaded, task_arrays
 from comparisons.methods import Method
 from comparisons.provenance import provenance
 from comparisons.report import terminal_tables, write_markdown, write_report
 from comparisons.results import Failure, Result, SettingsError, Store, Trial
 from comparisons.settings import INTERRUPTED, PAUSED, Budget, Machine
-from comparisons.tables import PROGRESS_COLUMNS, print_wide
+from comparisons.tables import bar, print_wide
 from comparisons.tasks import Task, is_file
-from comparisons.workers import Left, Outcome, in_turn, side_by_side, steady
+from comparisons.workers import Broken, Left, Outcome, outcomes, steady
 
 INSIDE = "ours"  # the method that is looked into
 
@@ -71,11 +70,6 @@ class Plan:
             "device": self.machine.device,
             "precision": self.machine.precision,
         }
-
-    @property
-    def side_by_side(self) -> int:
-        """Cells at a time. On a GPU one: its clock would count what the neighbours do."""
-        return 1 if self.machine.parallel or self.machine.device != "cpu" else self.workers
 
     def cell(self, task: str, method: Method, seed: int, rate: float, **more: Any) -> Cell:
         columns, budget = self.columns if is_file(task) else (), self.budgets.get(task, self.budget)
@@ -150,10 +144,11 @@ def run_cells(plan: Plan, tasks: dict[str, Task], store: Store, fabric: Fabric, 
     undecided = list(dict.fromkeys((name, method) for name, method, _ in wanted))
     trials = list(wanted_trials(plan, tasks, undecided, store)) if plan.tune else []
     fabric.barrier()  # all processes have read the same
-    information = {**provenance(), "workers": f"{plan.side_by_side}, one thread each"}  # now: files may change
+    at_once = plan.machine.at_once(plan.workers)
+    information = {**provenance(), "workers": f"{at_once}, one thread each"}  # now: files may change
     left = 0
     with bar(sum(cell.weight for cell in trials) + len(wanted), console) as (progress, advance):
-        for outcome in outcomes(plan, trials, fabric, advance):
+        for outcome in outcomes(trials, at_once, fabric, advance):
             left += note(outcome, information, store, fabric, progress)
         fabric.barrier()  # what the first process wrote, all may read
         if left:  # no cell is run at a rate that is not decided yet
@@ -164,7 +159,7 @@ def run_cells(plan: Plan, tasks: dict[str, Task], store: Store, fabric: Fabric, 
             progress.console.print(f"[yellow]No rate in {plan.rates_of}, so the usual one:[/] {pairs_text}.")
         finals = [final(plan, tasks[name], name, method, seed, rates, store) for name, method, seed in wanted]
         before = sum(cell.weight for cell in trials)
-        for outcome in outcomes(plan, finals, fabric, lambda done: advance(before + done)):
+        for outcome in outcomes(finals, at_once, fabric, lambda done: advance(before + done)):
             left += note(outcome, information, store, fabric, progress)
     return left
 
@@ -173,12 +168,20 @@ def named(pair: tuple[str, Method], tasks: dict[str, Task]) -> tuple[str, str]:
     return tasks[pair[0]].name, pair[1].name
 
 
-def note(outcome: Outcome, information: dict[str, Any], store: Store, fabric: Fabric, progress: Progress) -> bool:
+def note(outcome: Outcome[Cell], information: dict[str, Any], store: Store, fabric: Fabric, progress: Progress) -> bool:
     """On disk and on the terminal, by the first process; returns whether the cell is left for another piece."""
+    left = to_be_done_again(outcome)
     if fabric.is_global_zero:
-        keep(outcome, store, information)
+        if not left:
+            keep(outcome, store, information)
         progress.console.print(sentence(outcome), highlight=False, soft_wrap=True)
-    return isinstance(outcome.found, Left)
+    return left
+
+
+def to_be_done_again(outcome: Outcome[Cell]) -> bool:
+    """What was paused, and a trial that died with its worker: that says nothing of its learning rate."""
+    found = outcome.found
+    return isinstance(found, Left) or (isinstance(found, Broken) and found.died and outcome.job.trial)
 
 
 def wanted_cells(
@@ -247,35 +250,21 @@ def final(
     )
 
 
-def outcomes(plan: Plan, part: Sequence[Cell], fabric: Fabric, advance: Any) -> Iterator[Outcome]:
-    """Side by side in processes of their own, or in turn."""
-    if plan.side_by_side == 1:
-        return in_turn(part, fabric, advance)
-    return side_by_side(part, plan.side_by_side, advance)
-
-
-@contextmanager
-def bar(total: float, console: Console) -> Iterator[tuple[Progress, Any]]:
-    with Progress(*PROGRESS_COLUMNS, console=console) as progress:
-        task = progress.add_task("cells", total=total)
-        yield progress, lambda done: progress.update(task, completed=done)
-
-
-def keep(outcome: Outcome, store: Store, information: dict[str, Any]) -> None:
-    found, cell = outcome.found, outcome.cell
-    if isinstance(found, Left):
-        return
-    if isinstance(found, Result):
-        store.add_arrays(found.name, outcome.arrays)  # before the line that says that the cell is done
-        if outcome.work:
-            store.add_work(found.task, outcome.work)
+def keep(outcome: Outcome[Cell], store: Store, information: dict[str, Any]) -> None:
+    found, cell = outcome.found, outcome.job
     if isinstance(found, Trial):
         store.add_trial(found)
+    elif isinstance(found, Finished):
+        store.add_arrays(found.result.name, found.arrays)  # before the line that says that the cell is done
+        if found.costs:
+            store.add_work(found.result.task, found.costs)
+        store.add(found.result, information)
     elif cell.trial:  # a rate that cannot be trained with, and no failure of the cell
-        store.add_trial(Trial(found.task, found.method, cell.rate, None))
+        store.add_trial(Trial(*key_of(cell)[:2], cell.rate, None))
     else:
-        store.add(found, information)
-    if cell.checkpoint is not None and not isinstance(found, Failure):
+        store.add(Failure(*key_of(cell), found.error), information)
+        return  # its checkpoint is for another try
+    if cell.checkpoint is not None:
         cell.checkpoint.unlink(missing_ok=True)
 
 
@@ -285,23 +274,24 @@ def finish(store: Store, results: list[Result], failures: list[Failure], console
         console.print(
             f"[red]Failed:[/] {failure.method} on {failure.task}, seed {failure.seed}: {failure.error}", highlight=False
         )
-    console.print(f"Numbers: {store.write_json()}", highlight=False)
+    paths = [f"Numbers: {store.write_json()}"]
     if results:
-        console.print(f"Tables:  {write_markdown(store)}", f"Report:  {write_report(store)}", sep="\n", highlight=False)
+        paths += [f"Tables:  {write_markdown(store)}", f"Report:  {write_report(store)}"]
+    console.print(*paths, sep="\n", highlight=False, soft_wrap=True)
 
 
-def sentence(outcome: Outcome) -> str:
+def sentence(outcome: Outcome[Cell]) -> str:
     """What is printed when a cell is done."""
-    found, cell = outcome.found, outcome.cell
+    found, cell = outcome.found, outcome.job
     name, method, _ = key_of(cell)
     head = f"{name:<16}{method:<28}"
-    if isinstance(found, Left):
-        return f"{head}seed {cell.seed}  {found.words}; the same command goes on"
     which = f"learning rate {cell.rate:g}:" if cell.trial else f"seed {cell.seed} "
-    if isinstance(found, Failure):
+    if to_be_done_again(outcome):
+        return f"{head}{which} {found.words if isinstance(found, Left) else found.error}; the same command goes on"
+    if isinstance(found, Broken):
         return f"{head}{which} failed: {found.error}"
     if isinstance(found, Trial):
         worth = "no finite loss" if found.validation is None else f"validation {found.validation:.3f}"
         return f"{head}{which} {worth}"
-    score = found.log_likelihood
-    return f"{head}{which} {score.mean:.3f} ± {score.error:.3f} nats, trained in {found.training_seconds:.1f} s"
+    score, seconds = found.result.log_likelihood, found.result.training_seconds
+    return f"{head}{which} {score.mean:.3f} ± {score.error:.3f} nats, trained in {seconds:.1f} s"

@@ -140,6 +140,10 @@ class Machine:
     def parallel(self) -> bool:
         return self.devices * self.nodes > 1
 
+    def at_once(self, workers: int) -> int:
+        """Cells at a time, of so many wished for. On a GPU one: its clock would count what the neighbours do."""
+        return 1 if self.parallel or self.device != "cpu" else workers
+
     def fabric(self) -> Fabric:
         # hosts have parameters that some passes leave alone, such as those of a skipped split
         strategy = "ddp_find_unused_parameters_true" if self.parallel else "auto"

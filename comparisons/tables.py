@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from operator import itemgetter
 from typing import TypeVar
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 Row = TypeVar("Row")
@@ -24,6 +32,14 @@ PROGRESS_COLUMNS = (
     TextColumn("to go"),
     TimeRemainingColumn(),
 )
+
+
+@contextmanager
+def bar(total: float, console: Console) -> Iterator[tuple[Progress, Callable[[float], None]]]:
+    """A progress bar with the time to go, and what is to be told how much is done."""
+    with Progress(*PROGRESS_COLUMNS, console=console) as progress:
+        task = progress.add_task("cells", total=total)
+        yield progress, lambda done: progress.update(task, completed=done)
 
 
 @dataclass(frozen=True)

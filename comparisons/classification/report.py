@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from comparisons.classification.results import Outcome
+from comparisons.classification.results import Trained
 from comparisons.provenance import together
 from comparisons.results import Store, records
 from comparisons.statistics import over_seeds
@@ -31,11 +31,11 @@ layer to the image, |x - x'| in the 2-norm, in units of the grey range; "certifi
 the error of every block's solve, stretched by all blocks before it. An image is lost if it is off by more than a grey
 level (1/255, root mean square). Vanilla runs the same fixed-point iteration, 100 steps a block.
 """
-Seeds = list[Outcome]  # of one method
+Seeds = list[Trained]  # of one method
 
 
-def by_method(results: Sequence[Outcome]) -> list[Seeds]:
-    return [list(group) for _, group in groupby(results, key=lambda outcome: (outcome.data, outcome.method))]
+def by_method(results: Sequence[Trained]) -> list[Seeds]:
+    return [list(group) for _, group in groupby(results, key=lambda network: (network.data, network.method))]
 
 
 COLUMNS: Columns[Seeds] = {
@@ -59,8 +59,8 @@ COLUMNS: Columns[Seeds] = {
 }
 
 
-def table(results: Sequence[Outcome]) -> Grid:
-    data = ", ".join(sorted({outcome.data for outcome in results}))
+def table(results: Sequence[Trained]) -> Grid:
+    data = ", ".join(sorted({network.data for network in results}))
     return Grid.of(f"Classification: {data}", COLUMNS, by_method(results))
 
 
@@ -71,10 +71,10 @@ def error_rate(seeds: Seeds) -> str:
     return text if len(seeds) < 2 else f"{text} ± {over_seeds([100 * s.error for s in seeds]).error:.2f}"
 
 
-def paper(outcome: Outcome) -> float | None:
+def paper(network: Trained) -> float | None:
     """The published error of the same classifier; hybrids have none."""
-    hybrid = outcome.bits_per_dimension is not None
-    return None if hybrid else PAPER.get(outcome.data, {}).get(outcome.c)
+    hybrid = network.bits_per_dimension is not None
+    return None if hybrid else PAPER.get(network.data, {}).get(network.c)
 
 
 def mean(values: Sequence[float | None]) -> float | None:
@@ -91,16 +91,16 @@ def largest(values: Sequence[float | None]) -> str:
     return NOTHING if not there else "none" if max(there) == np.inf else f"{max(there):.1e}"
 
 
-def sentence(outcome: Outcome) -> str:
+def sentence(network: Trained) -> str:
     """What is printed when a network is done."""
     return (
-        f"{outcome.data:<10}{outcome.method:<14}seed {outcome.seed}  error {100 * outcome.error:.2f} ± "
-        f"{100 * outcome.binomial:.2f} %, largest |x - x'| {outcome.single.largest:.1e}, "
-        f"{outcome.single.lost:.0%} lost, {outcome.steps} steps in {outcome.seconds:.0f} s"
+        f"{network.data:<10}{network.method:<14}seed {network.seed}  error {100 * network.error:.2f} ± "
+        f"{100 * network.binomial:.2f} %, largest |x - x'| {network.single.largest:.1e}, "
+        f"{network.single.lost:.0%} lost, {network.steps} steps in {network.seconds:.0f} s"
     )
 
 
-def write_markdown(store: Store, results: Sequence[Outcome], settings: dict[str, Any]) -> Path:
+def write_markdown(store: Store, results: Sequence[Trained], settings: dict[str, Any]) -> Path:
     grid, path = table(results), store.folder / "classification.md"
     origin = {"settings": settings, **together([record["run"] for record in records(store.lines)])}
     parts = [f"# {grid.title}", NOTES, grid.markdown(), "", f"```json\n{json.dumps(origin, indent=1)}\n```"]
@@ -108,9 +108,9 @@ def write_markdown(store: Store, results: Sequence[Outcome], settings: dict[str,
     return path
 
 
-def write_picture(store: Store, results: Sequence[Outcome]) -> Path:
+def write_picture(store: Store, results: Sequence[Trained]) -> Path:
     """Test images in the first row, below them what the features of each network give back."""
-    names = list(dict.fromkeys((outcome.data, outcome.method) for outcome in results))
+    names = list(dict.fromkeys((network.data, network.method) for network in results))
     rows: list[tuple[str, np.ndarray]] = []
     for data, method in names:
         if not (store.arrays / f"{data}--{method}.npz").is_file():

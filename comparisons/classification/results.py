@@ -11,7 +11,7 @@ from comparisons.results import records
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Trained:
     """One network with one seed.
 
     Attributes:
@@ -47,11 +47,11 @@ def method_name(c: float | None, hybrid: float | None) -> str:
     return f"{kind}vanilla" if c is None else f"{kind}c={c:g}"
 
 
-def read(path: Path) -> list[Outcome]:
+def read(path: Path) -> list[Trained]:
     """The finished networks of a run, the loosest bound first, after vanilla."""
     found = []
     for record in records(path):
         record.pop("run")
         inversions = {name: Inversion(**record[name]) for name in ("double", "single")}
-        found.append(Outcome(**{**record, **inversions, "slopes": Slopes(**record["slopes"])}))
-    return sorted(found, key=lambda outcome: (-math.inf if outcome.c is None else -outcome.c, outcome.seed))
+        found.append(Trained(**{**record, **inversions, "slopes": Slopes(**record["slopes"])}))
+    return sorted(found, key=lambda network: (-math.inf if network.c is None else -network.c, network.seed))

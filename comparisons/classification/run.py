@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import partial
-from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,38 +17,60 @@ from comparisons.classification.hybrid import HYBRID_SIZES, Hybrid, HybridNet
 from comparisons.classification.measure import inversion, slopes, there_and_back, wrong
 from comparisons.classification.model import SIZES, Classifier, InvertibleClassifier
 from comparisons.classification.recipes import Plan
-from comparisons.classification.results import Outcome, method_name, read
+from comparisons.classification.results import Trained, method_name, read
 from comparisons.classification.tasks import CLASSES, load_task
 from comparisons.methods import Method, build, parameter_count
 from comparisons.provenance import provenance
 from comparisons.results import SettingsError, Store, append
-from comparisons.settings import PAUSED
-from comparisons.tables import print_wide
+from comparisons.settings import INTERRUPTED, PAUSED, Machine
+from comparisons.tables import bar, print_wide
 from comparisons.tasks import Points, Task
-from comparisons.training import PausedError, log_likelihoods, ready, train
-from comparisons.workers import steady, work_alone
+from comparisons.training import OnProgress, log_likelihoods, ready, train
+from comparisons.workers import Broken, Left, outcomes, steady
 
 SHOWN = 10  # images in the picture
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One training: a bound, or None for vanilla, and a seed."""
+class Training:
+    """One network to train and to measure.
 
+    Args:
+        c: the bound of every layer of a branch, or None for vanilla.
+        deadline: of `time.monotonic`, when the training pauses.
+    """
+
+    plan: Plan
     c: float | None
     seed: int
+    deadline: float = math.inf
+    weight: float = 1.0
 
+    @property
+    def name(self) -> str:
+        return method_name(self.c, self.plan.hybrid)
 
-@dataclass(frozen=True)
-class Left:
-    """A training without numbers yet: what to say, and whether it failed or may go on."""
+    @property
+    def machine(self) -> Machine:
+        return self.plan.machine
 
-    words: str
-    failed: bool = False
+    @property
+    def over(self) -> bool:
+        return time.monotonic() > self.deadline
+
+    @property
+    def checkpoint(self) -> Path:
+        return Store(self.plan.out).checkpoint((self.plan.data, self.name, self.seed))
+
+    def work(self, fabric: Fabric, on_progress: OnProgress) -> Trained:
+        return run_training(self, fabric, on_progress)
 
 
 def classify(plan: Plan, console: Console) -> int:
-    """Run what is not yet done; the exit code: 0 done, 1 a training failed or other settings lie there, 75 paused."""
+    """Run what is not yet done; the exit code: 0, 1 if a training failed or none can be run, 75 paused, 130 Ctrl-C.
+
+    Whatever happens, the finished networks are on disk, printed and shown.
+    """
     steady()
     store = Store(plan.out)
     try:
@@ -60,60 +79,60 @@ def classify(plan: Plan, console: Console) -> int:
     except (SettingsError, FileNotFoundError) as error:
         console.print(f"[red]{error}[/]", highlight=False)
         return 1
-    done = {(outcome.c, outcome.seed) for outcome in read(store.lines)}
-    wanted = [Cell(c, seed) for seed in plan.seeds for c in plan.bounds if (c, seed) not in done]
-    deadline = math.inf if plan.piece is None else time.monotonic() + plan.piece
-    left: list[Left] = []
-    run = {**provenance(), "workers": plan.workers}
-    for found in outcomes(plan, wanted, deadline):
-        if isinstance(found, Outcome):
-            append(store.lines, {**asdict(found), "run": run})
-            store.checkpoint((plan.data, found.method, found.seed)).unlink(missing_ok=True)
-            console.print(report.sentence(found), highlight=False, soft_wrap=True)
-        else:
-            left.append(found)
-            console.print(f"[yellow]{found.words}[/]", highlight=False, soft_wrap=True)
-    results = read(store.lines)
-    if results:
+    try:
+        code = run_trainings(plan, store, console)
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+        console.print("[yellow]Interrupted.[/] What was finished is kept; the same command goes on from here.")
+    if results := read(store.lines):
         grid = report.table(results)
         print_wide(console, [grid.rich()])
-        console.print(f"Table:   {report.write_markdown(store, results, plan.settings)}", highlight=False)
-        console.print(f"Picture: {report.write_picture(store, results)}", highlight=False)
-    if any(not one.failed for one in left):
-        return PAUSED
-    return 1 if left else 0
+        console.print(
+            f"Table:   {report.write_markdown(store, results, plan.settings)}",
+            f"Picture: {report.write_picture(store, results)}",
+            sep="\n",
+            highlight=False,
+            soft_wrap=True,
+        )
+    return code
 
 
-def outcomes(plan: Plan, wanted: Sequence[Cell], deadline: float) -> Iterator[Outcome | Left]:
-    """In turn or side by side."""
-    work = partial(attempt, plan, deadline)
-    if plan.workers == 1:
-        yield from map(work, wanted)
-        return
-    context = get_context("spawn")  # a fork of a process that has used torch may hang
-    with ProcessPoolExecutor(plan.workers, context, initializer=work_alone) as pool:
-        yield from pool.map(work, wanted)
+def run_trainings(plan: Plan, store: Store, console: Console) -> int:
+    """Each is on disk as soon as it is done. The exit code."""
+    done = {(network.c, network.seed) for network in read(store.lines)}
+    deadline = math.inf if plan.piece is None else time.monotonic() + plan.piece
+    wanted = [Training(plan, c, seed, deadline) for seed in plan.seeds for c in plan.bounds if (c, seed) not in done]
+    at_once = plan.machine.at_once(plan.workers)
+    information = {**provenance(), "workers": at_once}
+    codes = [0]
+    with bar(len(wanted), console) as (progress, advance):
+        for outcome in outcomes(wanted, at_once, plan.machine.fabric(), advance):
+            found, training = outcome.found, outcome.job
+            if isinstance(found, Trained):
+                append(store.lines, {**asdict(found), "run": information})
+                training.checkpoint.unlink(missing_ok=True)
+            else:
+                codes.append(PAUSED if isinstance(found, Left) else 1)
+            progress.console.print(sentence(training, found), highlight=False, soft_wrap=True)
+    return max(codes)
 
 
-def attempt(plan: Plan, deadline: float, cell: Cell) -> Outcome | Left:
-    """What becomes of a training; one that breaks down, as a vanilla one at a high rate, does not end the others."""
-    who = f"{method_name(cell.c, plan.hybrid)}, seed {cell.seed}"
-    if time.monotonic() > deadline:
-        return Left(f"{who}: not begun in this piece")
-    try:
-        return run_cell(plan, deadline, cell)
-    except PausedError as paused:
-        return Left(f"{who}: {paused}; the same command goes on")
-    except (RuntimeError, ArithmeticError) as error:
-        return Left(f"{who} failed: {error}", failed=True)
+def sentence(training: Training, found: Trained | Left | Broken) -> str:
+    """What is printed when a network is done, or not."""
+    if isinstance(found, Trained):
+        return report.sentence(found)
+    who = f"{training.name}, seed {training.seed}"
+    if isinstance(found, Left):
+        return f"{who}: {found.words}; the same command goes on"
+    return f"{who} failed: {found.error}"
 
 
-def run_cell(plan: Plan, deadline: float, cell: Cell) -> Outcome:
+def run_training(training: Training, fabric: Fabric, on_progress: OnProgress) -> Trained:
     """Build, train, measure; or go on with the checkpoint, and pause again at the deadline."""
-    name = method_name(cell.c, plan.hybrid)
-    fabric, store, task = plan.machine.fabric(), Store(plan.out), load_task(plan.data, plan.hybrid is not None)
-    seed_everything(cell.seed, verbose=False)
-    method = method_of(plan, cell.c, task)
+    plan = training.plan
+    task = load_task(plan.data, plan.hybrid is not None)
+    seed_everything(training.seed, verbose=False)
+    method = method_of(plan, training.c, task)
     density = build(method, task.features, task.parameters, task.context_features)
     history = train(
         density,
@@ -121,17 +140,17 @@ def run_cell(plan: Plan, deadline: float, cell: Cell) -> Outcome:
         method,
         rate=plan.rate,
         budget=plan.budget,
-        seed=cell.seed,
+        seed=training.seed,
         fabric=fabric,
-        on_progress=lambda share: None,
-        checkpoint=store.checkpoint((plan.data, name, cell.seed)),
-        pause=lambda: time.monotonic() > deadline,
+        on_progress=on_progress,
+        checkpoint=training.checkpoint,
+        pause=lambda: training.over,
     )
     if not isinstance(density, (Classifier, Hybrid)):
         raise TypeError(f"{type(density).__name__} is not measured here.")
-    if cell.seed == plan.seeds[0]:
-        store.add_arrays(f"{plan.data}--{name}", pictures(density, task, fabric))
-    return measured(plan, cell, density, task, fabric, steps=history.steps[-1], seconds=history.seconds[-1])
+    if training.seed == plan.seeds[0]:
+        Store(plan.out).add_arrays(f"{plan.data}--{training.name}", pictures(density, task, fabric))
+    return measured(training, density, task, fabric, steps=history.steps[-1], seconds=history.seconds[-1])
 
 
 def method_of(plan: Plan, c: float | None, task: Task) -> Method:
@@ -159,15 +178,15 @@ def method_of(plan: Plan, c: float | None, task: Task) -> Method:
 
 
 def measured(
-    plan: Plan, cell: Cell, density: Classifier | Hybrid, task: Task, fabric: Fabric, steps: int, seconds: float
-) -> Outcome:
+    training: Training, density: Classifier | Hybrid, task: Task, fabric: Fabric, steps: int, seconds: float
+) -> Trained:
     """Every number that is kept of a trained network."""
     errors = wrong(density, task.test, fabric)
-    return Outcome(
-        data=plan.data,
-        method=method_name(cell.c, plan.hybrid),
-        c=cell.c,
-        seed=cell.seed,
+    return Trained(
+        data=training.plan.data,
+        method=training.name,
+        c=training.c,
+        seed=training.seed,
         steps=steps,
         seconds=seconds,
         parameters=parameter_count(density),

@@ -16,7 +16,7 @@ from comparisons.classification import measure, report, run
 from comparisons.classification.hybrid import HYBRID_SIZES, Hybrid, HybridNet
 from comparisons.classification.model import SIZES, Classifier, InvertibleClassifier, Size, branch_bound
 from comparisons.classification.recipes import RECIPES
-from comparisons.classification.results import Outcome, read
+from comparisons.classification.results import Trained, read
 from comparisons.classification.tasks import load_task, moved
 from comparisons.methods import parameter_count
 from comparisons.tasks import Points
@@ -163,7 +163,7 @@ def test_the_smoke_command(tmp_path: Path) -> None:
         result = CliRunner().invoke(app, [*options, "--piece", "4"])
     assert result.exit_code == 0, result.output
     vanilla, held = read(tmp_path / "results.jsonl")
-    assert isinstance(held, Outcome) and (vanilla.c, held.c) == (None, 0.9)
+    assert isinstance(held, Trained) and (vanilla.c, held.c) == (None, 0.9)
     assert vanilla.error < 0.7 and vanilla.steps == held.steps == 80  # 0.9 by guessing
     assert vanilla.single.lost == 1.0 and held.single.lost == 0.0
     assert held.double.largest < 1e-5 and held.slopes.seen <= held.slopes.bound <= 0.729 + 1e-6
@@ -185,8 +185,33 @@ def test_a_training_that_breaks_down_does_not_end_the_others(tmp_path: Path, mon
     monkeypatch.setattr(run, "train", broken)
     command = ["classify", "--vanilla", "--c", "0.9", "--steps", "2", "--out", str(tmp_path)]
     result = CliRunner().invoke(app, command)
-    assert result.exit_code == 1 and "vanilla, seed 0 failed: gradients are not finite" in result.output
+    assert result.exit_code == 1 and "vanilla, seed 0 failed: RuntimeError: gradients are not finite" in result.output
     assert [found.method for found in read(tmp_path / "results.jsonl")] == ["c=0.9"]
+
+
+def test_ctrl_c_keeps_what_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train = run.train
+
+    def interrupted(density, task, method, **more):
+        if method.name == "c=0.5":
+            raise KeyboardInterrupt
+        return train(density, task, method, **more)
+
+    monkeypatch.setattr(run, "train", interrupted)
+    result = CliRunner().invoke(app, ["classify", "--steps", "2", "--out", str(tmp_path)])
+    assert result.exit_code == 130 and "Interrupted" in result.output
+    assert [found.method for found in read(tmp_path / "results.jsonl")] == ["c=0.9"]
+    assert (tmp_path / "classification.md").is_file()
+
+
+def test_side_by_side_as_in_turn(tmp_path: Path) -> None:
+    options = ["classify", "--c", "0.9", "--c", "0.5", "--steps", "3"]
+    for workers in ("1", "2"):
+        result = CliRunner().invoke(app, [*options, "--workers", workers, "--out", str(tmp_path / workers)])
+        assert result.exit_code == 0, result.output
+    in_turn, side_by_side = (read(tmp_path / workers / "results.jsonl") for workers in ("1", "2"))
+    assert [found.error for found in in_turn] == [found.error for found in side_by_side]
+    assert [found.slopes for found in in_turn] == [found.slopes for found in side_by_side]
 
 
 def test_a_hybrid_by_the_command(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import torch
 from lightning.fabric import Fabric
 from typer.testing import CliRunner
 
+from comparisons import workers
 from comparisons.__main__ import app
 from comparisons.cells import Cell
 from comparisons.methods import METHODS
@@ -25,6 +26,7 @@ from comparisons.results import Trial
 from comparisons.settings import PAUSED
 from comparisons.tasks.sources import REPOSITORY
 from comparisons.training import OnProgress
+from comparisons.workers import Broken, Outcome
 
 Command = Callable[..., "subprocess.Popen[str]"]
 
@@ -114,14 +116,14 @@ def test_a_rate_that_fails_is_no_failure_of_its_method(tmp_path: Path, monkeypat
             raise FloatingPointError("too fast")
         return Trial("smoke", "made", cell.rate, -cell.rate)
 
-    monkeypatch.setattr("comparisons.workers.run_trial", run_trial)
+    monkeypatch.setattr("comparisons.cells.run_trial", run_trial)
     wanted = ["run", "--suite", "smoke", "--method", "made", "--tune", "--workers", "1", "--out", str(tmp_path)]
     code, output = run(*wanted)
     assert code == 0 and "learning rate 0.01: failed: FloatingPointError: too fast" in output, output
     (cell,) = json.loads((tmp_path / "results.json").read_text())["results"]
     assert cell["learning_rate"] == 3e-3
     assert "0.01: –" in (tmp_path / "report.html").read_text()
-    monkeypatch.setattr("comparisons.workers.run_trial", lambda *_: pytest.fail("nothing is left to be decided"))
+    monkeypatch.setattr("comparisons.cells.run_trial", lambda *_: pytest.fail("nothing is left to be decided"))
     (tmp_path / "tuning.jsonl").unlink()
     code, output = run(*wanted)
     assert code == 0, output
@@ -236,13 +238,8 @@ def test_a_cell_that_fails_is_recorded_and_the_rest_goes_on(tmp_path: Path, monk
 
 
 def test_no_cell_is_run_at_a_rate_that_is_not_decided(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from comparisons import workers
-    from comparisons.training import PausedError
-
-    def lost(cell, fabric, on_progress):
-        raise PausedError("a worker process died")
-
-    monkeypatch.setattr(workers, "run_trial", lost)
+    """A trial that died with its worker is tried again, and is no verdict on its rate."""
+    monkeypatch.setattr(workers, "attempt", lambda job, *_: Outcome(job, Broken("a worker process died", died=True)))
     options = ["--task", "smoke", "--method", "nflows-maf", "--steps", "3", "--tune", "--workers", "1"]
     code, output = run("run", *options, "--out", str(tmp_path))
     assert code == PAUSED and "goes on" in output and not (tmp_path / "results.jsonl").exists()
