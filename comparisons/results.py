@@ -142,6 +142,11 @@ class Store:
         """Begin, or go on if the settings are those of the run that is here; `fresh` throws that away."""
         if fresh:
             self.clear()
+        if self.lines.is_file() and not self.settings.is_file():
+            raise SettingsError(
+                f"{self.folder} holds results without {self.settings.name}, so nobody knows what they belong to. Take "
+                "another folder, or --fresh to throw them away."
+            )
         settings = json.loads(json.dumps(settings))  # as it will be read
         old = json.loads(self.settings.read_text()) if self.settings.is_file() else settings
         changed = [

@@ -184,6 +184,9 @@ def test_a_run_leaves_tables_json_and_report(tmp_path: Path) -> None:
     assert code == 1 and "other settings" in output and "'steps': 7" in output and "--fresh" in output
     code, output = run(*command)  # the same again: nothing is left to do
     assert code == 0 and "6 cells were finished before; 0 are left" in output
+    (tmp_path / "settings.json").unlink()
+    code, output = run(*command)
+    assert code == 1 and "holds results without settings.json" in output and (tmp_path / "results.jsonl").is_file()
 
 
 @pytest.mark.timeout(900)
