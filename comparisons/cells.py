@@ -111,7 +111,7 @@ def run_cell(cell: Cell, fabric: Fabric, on_progress: OnProgress) -> Finished:
     result = measured(cell, task, density, history, scores, fabric)
     arrays = {"scores": scores.numpy(), **(picture_arrays(density, task, fabric) if cell.pictures else {})}
     inside = (
-        costs_inside(density, ready(task.test[: max(LOOKED_INTO // task.features, 8)], density, fabric))
+        costs_inside(density, ready(task.test.spread(max(LOOKED_INTO // task.features, 8)), density, fabric))
         if cell.look_inside and result.blocks and len(task.shape) == 1  # blocks of images differ in size
         else {}
     )
@@ -146,7 +146,7 @@ def logger(cell: Cell, task: Task) -> TensorBoardLogger | None:
 def measured(cell: Cell, task: Task, density: Density, history: History, scores: Tensor, fabric: Fabric) -> Result:
     """Every number that is kept of a trained density."""
     likelihood = metrics.Estimate.of(scores, task.groups)
-    rows = ready(task.test[: metrics.MEASURED_POINTS], density, fabric)
+    rows = ready(task.test.spread(metrics.MEASURED_POINTS), density, fabric)
     distances, lost_samples = metrics.sample_distances(density, task, fabric)
     visits = diagnostics.visit_blocks(density, rows.x, rows.context) if has_blocks(density) else []
     batch = ready(task.draw(cell.budget.batch or task.batch, torch.Generator().manual_seed(0)), density, fabric)
@@ -195,7 +195,7 @@ def costs_inside(density: Density, points: Points) -> Costs:
 def picture_arrays(density: Density, task: Task, fabric: Fabric) -> Arrays:
     """Samples, and in the plane the log density on a grid; those of a conditional task are given the test contexts."""
     n = min(SHOWN[task.kind], len(task.test)) if task.context_features else SHOWN[task.kind]
-    given = ready(task.test[:n], density, fabric).context
+    given = ready(task.test.spread(n), density, fabric).context
     with evaluating(density, task.features):
         arrays = {"samples": task.restore(density.sample(n, given).float().cpu()).numpy()}
     if task.kind == "plane" and given is None:
@@ -205,7 +205,7 @@ def picture_arrays(density: Density, task: Task, fabric: Fabric) -> Arrays:
         arrays["log_density"] = grid.clamp(-1e4, 1e4).half().numpy()  # half as large on disk, and as good to the eye
     if len(task.shape) > 1 and density.invertible:
         with evaluating(density, task.features, Omitted()):
-            arrays |= image_arrays(density, task, ready(task.test[:n], density, fabric))
+            arrays |= image_arrays(density, task, ready(task.test.spread(n), density, fabric))
     return arrays
 
 
@@ -230,7 +230,7 @@ def image_arrays(density: Density, task: Task, shown: Points) -> Arrays:
 def task_arrays(task: Task) -> Arrays:
     """The data beside which samples are shown; in the plane also its density on the same grid, by counting samples."""
     arrays: Arrays = {
-        "data": task.restore(task.test.x[: SHOWN[task.kind]]).numpy(),
+        "data": task.restore(task.test.spread(SHOWN[task.kind]).x).numpy(),
         "kind": np.array(task.kind),
         "about": np.array(task.about),
         "preprocessing": np.array(task.preprocessing, dtype=str),

@@ -54,7 +54,7 @@ def sample_distances(density: Density, task: Task, fabric: Fabric) -> tuple[dict
     A sample that is not finite is left out. Contexts are part of the points: p(x, context) is compared.
     """
     n = min(COMPARED_POINTS, len(task.test), len(task.validation))
-    data, other = task.test[:n], task.validation[:n]
+    data, other = task.test.spread(n), task.validation.spread(n)
     given = ready(data, density, fabric)
     with evaluating(density, task.features, Omitted()):
         samples = density.sample(n, given.context).float().cpu()
@@ -63,7 +63,7 @@ def sample_distances(density: Density, task: Task, fabric: Fabric) -> tuple[dict
     if kept.sum() < 2:
         return {}, lost
     context = None if data.context is None else data.context[kept]
-    mine, fresh = together(Points(samples[kept], context)), together(other[: int(kept.sum())])
+    mine, fresh = together(Points(samples[kept], context)), together(other.spread(int(kept.sum())))
     return {name: with_floor(distance, mine, together(data), fresh) for name, distance in DISTANCES.items()}, lost
 
 

@@ -225,7 +225,7 @@ def common(seconds: float, fabric: Fabric) -> float:
 
 def validate(state: State, density: Density, task: Task, fabric: Fabric) -> None:
     few = len(task.shape) > 1 and density.volume
-    points = task.validation[: VALIDATION_IMAGES if few else VALIDATION_POINTS]
+    points = task.validation.spread(VALIDATION_IMAGES if few else VALIDATION_POINTS)
     with weights_of(density, state.average):
         loss = -log_likelihoods(density, points, fabric).mean().item()
         if state.best is not None and loss < state.history.best:
@@ -251,7 +251,7 @@ def fit(density: Density, task: Task, fit: Fit, *, seed: int, fabric: Fabric) ->
     """Once, on fixed train points; the history has one entry, at no steps."""
     started = clock(fabric.device)
     points = task.draw(FITTED_POINTS, torch.Generator().manual_seed(seed))
-    validation = task.validation[:VALIDATION_POINTS]
+    validation = task.validation.spread(VALIDATION_POINTS)
     density.to(fabric.device)
     fit(density, ready(points, density, fabric).x, ready(validation, density, fabric).x)
     seconds = clock(fabric.device) - started

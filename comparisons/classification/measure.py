@@ -82,7 +82,7 @@ def there_and_back(density: Classifier | Hybrid, x: Tensor) -> tuple[Tensor, Rec
 def inversion(density: Classifier | Hybrid, points: Points, fabric: Fabric, dtype: torch.dtype) -> Inversion:
     """On a copy in this precision."""
     density = copy.deepcopy(density).to(dtype)
-    x = ready(points[:INVERTED], density, fabric).x
+    x = ready(points.spread(INVERTED), density, fabric).x
     back, found = there_and_back(density, x)
     errors = norms(back - x).double().nan_to_num(math.inf, posinf=math.inf)
     lost = errors > GREY_LEVEL * math.sqrt(x[0].numel())
@@ -99,7 +99,7 @@ def inversion(density: Classifier | Hybrid, points: Points, fabric: Fabric, dtyp
 @torch.no_grad()
 def slopes(density: Classifier | Hybrid, points: Points, fabric: Fabric) -> Slopes:
     """By power iteration from below, at the points that reach each branch."""
-    x, seen, bounds = ready(points[:INVERTED], density, fabric).x, [], []
+    x, seen, bounds = ready(points.spread(INVERTED), density, fabric).x, [], []
     inputs: dict[nn.Module, Tensor] = {}
     hooks = [owner.register_forward_pre_hook(lambda m, args: inputs.update({m: args[0]})) for owner in owners(density)]
     with evaluating(density, x[0].numel(), Omitted()):

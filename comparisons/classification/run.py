@@ -29,6 +29,7 @@ from comparisons.training import OnProgress, log_likelihoods, ready, train
 from comparisons.workers import Broken, Left, outcomes, steady
 
 SHOWN = 10  # images in the picture
+SCORED = 1000  # images whose density is taken, which costs more than their class
 
 
 @dataclass(frozen=True)
@@ -203,7 +204,7 @@ def bits(density: Classifier | Hybrid, task: Task, fabric: Fabric) -> float | No
     """Bits per dimension of test images, for a hybrid."""
     if isinstance(density, Classifier):
         return None
-    images = Points(task.test.x[:1000])
+    images = Points(task.test.spread(SCORED).x)
     likelihoods = log_likelihoods(density.density_alone(), images, fabric)
     return task.bits_per_dimension(likelihoods.mean().item())
 

@@ -27,6 +27,10 @@ class Points:
     def __getitem__(self, rows: slice | Tensor) -> Points:
         return Points(self.x[rows], None if self.context is None else self.context[rows])
 
+    def spread(self, n: int) -> Points:
+        """At most n of them, evenly spaced: files are often sorted by time or by class, so the first are no sample."""
+        return self if len(self) <= n else self[torch.arange(n) * len(self) // n]
+
     def split(self, n: int) -> list[Points]:
         """Runs of n points; the last may be shorter."""
         return [self[start : start + n] for start in range(0, len(self), n)]

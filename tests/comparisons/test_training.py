@@ -179,6 +179,15 @@ def test_a_budget_of_nothing_is_refused(wrong: dict) -> None:
         Budget(**wrong)
 
 
+def test_a_sorted_file_is_validated_on_all_its_length(fabric: Fabric, monkeypatch: pytest.MonkeyPatch) -> None:
+    density, task = build(METHODS["nflows-maf"], 2, 3_000), small()
+    scores = log_likelihoods(density, task.validation, fabric)
+    state, task = training.State(best=None), replace(task, validation=task.validation[scores.argsort()])
+    monkeypatch.setattr(training, "VALIDATION_POINTS", 40)
+    training.validate(state, density, task, fabric)
+    assert state.history.validation[0] == pytest.approx(-scores.mean().item(), abs=scores.std().item() / 10)
+
+
 def log_det_error(density: Density, points: Points) -> float:
     visits = diagnostics.visit_blocks(density, points.x) if has_blocks(density) else []
     return diagnostics.log_det_error(density, visits, points, len(points))

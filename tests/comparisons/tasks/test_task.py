@@ -6,6 +6,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from comparisons.tasks import Points
 from comparisons.tasks.tables import digits
@@ -25,6 +27,15 @@ def test_points_and_context_stay_together(points: Points) -> None:
         assert torch.equal(part.context, part.x[:, :1] + 100)
     assert parts[1].x[:, 0].tolist() == [7, 1]
     assert torch.equal(torch.cat([part.x for part in points.split(4)]), points.x)
+
+
+@given(st.integers(1, 300), st.integers(1, 300))
+def test_some_points_stand_for_all_of_a_sorted_file(length: int, n: int) -> None:
+    points = Points(torch.arange(float(length))[:, None], torch.arange(float(length))[:, None])
+    some = points.spread(n)
+    gaps = some.x[:, 0].diff(append=torch.tensor([float(length)]))
+    assert len(some) == min(n, length) and some.x[0] == 0 and torch.equal(some.x, some.context)
+    assert gaps.min() >= length // len(some) and gaps.max() <= -(-length // len(some))
 
 
 def test_points_without_context_stay_without() -> None:
