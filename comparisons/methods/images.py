@@ -15,7 +15,7 @@ from nflows.transforms import (
     Transform,
 )
 from nflows.utils.torchutils import create_alternating_binary_mask, create_mid_split_binary_mask
-from torch import nn
+from torch import Tensor, nn
 
 from comparisons.methods.density import Images, Shape
 from comparisons.methods.hosts import NflowsDensity
@@ -91,17 +91,27 @@ def ours_in_normflows(channels: int, number: int, width: int, context_features: 
 # couplings -------------------------------------------------------------------------------------------
 
 
-def conditioner(width: int) -> Callable[[int, int], nn.Module]:
-    return lambda inputs, outputs: ConvResidualNet(inputs, outputs, width, num_blocks=1)
+class Conditioner(ConvResidualNet):
+    """That of nflows, whose context is a map of features: here a row for each image, the same at every pixel."""
+
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:
+        if context is not None:
+            context = context[:, :, None, None].expand(-1, -1, *inputs.shape[2:])
+        return super().forward(inputs, context)
+
+
+def conditioner(width: int, context_features: int | None) -> Callable[[int, int], nn.Module]:
+    return lambda inputs, outputs: Conditioner(inputs, outputs, width, context_features, num_blocks=1)
 
 
 def nflows_realnvp(channels: int, number: int, width: int, context_features: int | None) -> list[Transform]:
     mask = create_alternating_binary_mask(channels, even=number % 2 == 0)
-    return [ActNorm(channels), AffineCouplingTransform(mask, conditioner(width))]
+    return [ActNorm(channels), AffineCouplingTransform(mask, conditioner(width, context_features))]
 
 
 def nflows_glow(channels: int, number: int, width: int, context_features: int | None) -> list[Transform]:
-    coupling = AffineCouplingTransform(create_mid_split_binary_mask(channels), conditioner(width))
+    mask = create_mid_split_binary_mask(channels)
+    coupling = AffineCouplingTransform(mask, conditioner(width, context_features))
     return [ActNorm(channels), OneByOneConvolution(channels), coupling]
 
 
@@ -128,9 +138,9 @@ IMAGES: dict[str, Images] = {
     "i-resnet": Images(NflowsImages(i_resnet), NflowsDensity, conditional=True),
     "residual-flow": Images(NflowsImages(residual_flow), NflowsDensity, conditional=True),
     "i-densenet": Images(NflowsImages(i_densenet), NflowsDensity, conditional=True),
-    "alternating": Images(NflowsImages(alternating), NflowsDensity),
-    "nflows-realnvp": Images(NflowsImages(nflows_realnvp), NflowsDensity),
-    "nflows-glow": Images(NflowsImages(nflows_glow), NflowsDensity),
+    "alternating": Images(NflowsImages(alternating), NflowsDensity, conditional=True),
+    "nflows-realnvp": Images(NflowsImages(nflows_realnvp), NflowsDensity, conditional=True),
+    "nflows-glow": Images(NflowsImages(nflows_glow), NflowsDensity, conditional=True),
     "normflows-realnvp": Images(NormflowsImages(normflows_realnvp), MultiscaleDensity),
     "normflows-glow": Images(NormflowsImages(normflows_glow), MultiscaleDensity),
 }

@@ -42,8 +42,10 @@ TASKS: dict[str, Callable[[], Task]] = {
     "magic-conditional": tables.magic_conditional,
     "gas-turbine-conditional": tables.gas_turbine_conditional,
     "digits-image": images.digits_image,
+    "digits-image-conditional": images.digits_image_conditional,
     "mnist-small": images.mnist_small,
     "mnist": images.mnist,
+    "mnist-conditional": images.mnist_conditional,
     "cifar10": images.cifar10,
     "smoke": smoke,
 }
@@ -51,8 +53,8 @@ TASKS: dict[str, Callable[[], Task]] = {
 SUITES: dict[str, list[str]] = {
     "toy": list(toys.TOYS),
     "tabular": ["gas-turbine", "magic", "power", "bsds300", "digits", "breast-cancer", "diabetes", "wine"],
-    "image": ["digits-image", "mnist-small", "mnist", "cifar10"],
-    "conditional": [name for name in TASKS if name.endswith("-conditional")],
+    "image": ["digits-image", "digits-image-conditional", "mnist-small", "mnist", "mnist-conditional", "cifar10"],
+    "conditional": ["two-moons-conditional", "digits-conditional", "magic-conditional", "gas-turbine-conditional"],
     "smoke": ["smoke"],
 }
 

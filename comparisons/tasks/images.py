@@ -15,7 +15,7 @@ from torch import Generator
 
 from comparisons.tasks.image_files import READERS, ImageSet
 from comparisons.tasks.sources import VARIABLE, DataNotFoundError, data_folders
-from comparisons.tasks.tables import random_split
+from comparisons.tasks.tables import one_hot, random_split
 from comparisons.tasks.task import Points, Task
 
 __all__ = ["ImageSet", "load_images"]
@@ -88,22 +88,31 @@ def image_task(
     )
 
 
-def published_task(name: str, about: str, images: str, *, parameters: int, most_test: int | None = None) -> Task:
+def published_task(
+    name: str, about: str, images: str, *, parameters: int, most_test: int | None = None, conditional: bool = False
+) -> Task:
     """Validation images are taken from the published train part at random, test images from the beginning."""
     found = load_images(images)
     order = torch.randperm(len(found.x_train), generator=torch.Generator().manual_seed(SPLIT_SEED))
     held_out = min(VALIDATION, len(order) // 10)
     rest, validation = order[held_out:], order[:held_out]
-    test = found.x_test[:most_test]
+    train_classes, test_classes = (one_hot(y.numpy()) if conditional else None for y in (found.y_train, found.y_test))
+    train, test = Points(found.x_train, train_classes), Points(found.x_test, test_classes)[:most_test]
     noted = [found.note, f"held {held_out} of the train images out for validation"]
     if len(test) < len(found.x_test):
         noted.append(f"kept the first {len(test)} test images")
-    parts = (Points(found.x_train[rest]), Points(found.x_train[validation]), Points(test))
-    return image_task(name, about, parts, 256, noted=tuple(noted), parameters=parameters)
+    return image_task(
+        name, about, (train[rest], train[validation], test), 256, noted=tuple(noted), parameters=parameters
+    )
 
 
 def mnist() -> Task:
     return published_task("mnist", "MNIST, handwritten digits", "mnist", parameters=200_000)
+
+
+def mnist_conditional() -> Task:
+    about = "MNIST, handwritten digits, given the digit"
+    return published_task("mnist-conditional", about, "mnist", parameters=200_000, conditional=True)
 
 
 def mnist_small() -> Task:
@@ -116,9 +125,22 @@ def cifar10() -> Task:
     return published_task("cifar10", "CIFAR-10, small colour photographs", "cifar10", parameters=1_000_000)
 
 
-def digits_image() -> Task:
-    """scikit-learn's 8x8 digits as images, grey values 0 to 16, split like the flat ones."""
-    pixels = datasets.load_digits().images
-    x, split = torch.from_numpy(pixels).to(torch.uint8)[:, None], torch.from_numpy(random_split(len(pixels)))
-    train, validation, test = (Points(x[split == part]) for part in range(3))
-    return image_task("digits-image", "scikit-learn digits", (train, validation, test), 17, parameters=40_000)
+def digits_image(conditional: bool = False) -> Task:
+    """scikit-learn's 8x8 digits as images, grey values 0 to 16, split like the flat ones; the context is the digit."""
+    bunch = datasets.load_digits()
+    points = Points(
+        torch.from_numpy(bunch.images).to(torch.uint8)[:, None], one_hot(bunch.target) if conditional else None
+    )
+    split = torch.from_numpy(random_split(len(points)))
+    train, validation, test = (points[(split == part).nonzero()[:, 0]] for part in range(3))
+    return image_task(
+        "digits-image-conditional" if conditional else "digits-image",
+        "scikit-learn digits, given the digit" if conditional else "scikit-learn digits",
+        (train, validation, test),
+        17,
+        parameters=40_000,
+    )
+
+
+def digits_image_conditional() -> Task:
+    return digits_image(conditional=True)

@@ -159,8 +159,8 @@ def test_a_method_of_vectors_says_so(name: str) -> None:
 
 
 def test_a_method_that_takes_no_context_with_images_says_so() -> None:
-    with pytest.raises(ValueError, match="nflows-glow takes no context with images"):
-        build(METHODS["nflows-glow"], SHAPE, BUDGET, CONTEXT)
+    with pytest.raises(ValueError, match="normflows-glow takes no context with images"):
+        build(METHODS["normflows-glow"], SHAPE, BUDGET, CONTEXT)
 
 
 @pytest.mark.parametrize("name", [name for name in ON_IMAGES if given(name)])

@@ -173,6 +173,20 @@ def test_an_image_task_is_dequantised_into_the_unit_cube(name: str) -> None:
     assert (batch.mean((0, 2, 3)) - task.test.x.mean((0, 2, 3))).abs().max() < 0.03
 
 
+@pytest.mark.parametrize("name", [name for name in SUITES["image"] if name.endswith("-conditional")])
+def test_an_image_comes_with_its_class(name: str) -> None:
+    """The mean image of a class is that of the same class in the test part, and of no other."""
+    task = loaded(name)
+    batch = task.draw(4000, generator(0))
+    assert batch.context is not None and task.test.context is not None and task.context_features == 10
+    assert bool((batch.context.sum(1) == 1).all())
+    means, others = (
+        points.context.T @ points.x.flatten(1) / points.context.sum(0)[:, None] for points in (batch, task.test)
+    )
+    assert torch.cdist(means, others).argmin(1).tolist() == list(range(10))
+    assert loaded(name.removesuffix("-conditional")).test.context is None
+
+
 def test_noise_is_fresh_in_batches_and_fixed_in_the_test_part() -> None:
     task = load("digits-image")
     many = task.draw(4000, generator(0)).x
