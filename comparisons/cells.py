@@ -235,6 +235,7 @@ def task_arrays(task: Task) -> Arrays:
         "about": np.array(task.about),
         "preprocessing": np.array(task.preprocessing, dtype=str),
         "features": np.array(task.features),
+        "given": np.array(task.context_features is not None),
     }
     if task.value_range is not None:
         arrays["value_range"] = np.array(task.value_range)

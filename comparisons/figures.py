@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -20,6 +21,7 @@ from comparisons.results import Result
 from comparisons.standings import OURS, Gap, Opponent, Standing
 
 PANEL = 2.4  # inches
+LETTERS = 11  # of a title, in an inch
 COLUMNS = 8  # panels in a row of a grid over methods
 STRIP = 12  # images in a row of reconstructions
 INK = "#333333"
@@ -93,9 +95,11 @@ def panels(
     """A grid of small square panels without ticks, the data first and then the methods, by name."""
     rows = wrapped([["data"], *clusters(methods)])
     columns, side = max(map(len, rows)), 1.45
-    size = side * columns + extra_width, (side + 0.36) * len(rows) + 0.4
+    width = side * columns + extra_width
+    lines = textwrap.wrap(title, int(LETTERS * width))
+    size = width, (side + 0.3) * len(rows) + 0.2 * (len(lines) + 1)
     figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.03))
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle("\n".join(lines), fontsize=11)
     grid = figure.subplots(len(rows), columns, squeeze=False)
     for panel in grid.flat:
         panel.axis("off")

@@ -227,7 +227,8 @@ def task_pictures(chapter: Chapter) -> list[Picture]:
         ),
         "samples": (
             cells,
-            "Samples of every method, each from one seed.",
+            "Samples of every method, each from one seed."
+            + (" Sample by sample, the contexts are those of the data shown." if data.get("given", False) else ""),
             lambda: figures.SAMPLES[kind](task, data, cells, scores),
         ),
         "cool-samples": (

@@ -284,7 +284,7 @@ def sentence(outcome: Outcome[Cell]) -> str:
     """What is printed when a cell is done."""
     found, cell = outcome.found, outcome.job
     name, method, _ = key_of(cell)
-    head = f"{name:<16}{method:<28}"
+    head = f"{name:<16} {method:<28}"
     which = f"learning rate {cell.rate:g}:" if cell.trial else f"seed {cell.seed} "
     if to_be_done_again(outcome):
         return f"{head}{which} {found.words if isinstance(found, Left) else found.error}; the same command goes on"
