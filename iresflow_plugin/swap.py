@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import chain
@@ -134,7 +134,7 @@ def swap_transforms(
     count = _counter(make)
     swaps = []
     for paths, old in _chosen(flow, select):
-        features = _features(flow, paths[0], old, event_shape, known=NETS if replace is None else None)
+        features = _features(flow, paths[0], old, event_shape)
         context = _context_features(paths[0], old, context_features)
         width = hidden_features or DEFAULT_WIDTH
         if match_parameters:
@@ -237,10 +237,8 @@ def _host(module: object) -> str | None:
 # what the new transform has to take ------------------------------------------------------------------
 
 
-def _features(
-    flow: nn.Module, path: str, old: nn.Module, given: int | Sequence[int] | None, known: Collection[int] | None
-) -> int | Event:
-    """The number of features of a vector, or the event shape; `known` are the numbers of axes that have a net."""
+def _features(flow: nn.Module, path: str, old: nn.Module, given: int | Sequence[int] | None) -> int | Event:
+    """The number of features of a vector, or the event shape."""
     where = f"'{path}' ({type(old).__name__})"
     event = _found_event(flow, path, old) if given is None else _as_event(given)
     if event is None:
@@ -251,11 +249,6 @@ def _features(
         raise ValueError(
             f"The events at {where} seem to be of shape {event}. Pass event_shape=, since images change shape on their "
             "way through a flow."
-        )
-    if known is not None and len(event) not in known:
-        raise ValueError(
-            f"The events at {where} are of shape {event}, for which there is no net here. Pass replace= with a branch "
-            "for such events."
         )
     return event
 
@@ -354,9 +347,11 @@ def _context_sizes(part: Any) -> Iterator[int]:
 
 
 def _branch(features: Any, hidden_features: int, context_features: int | None) -> nn.Module:
-    inputs = features if isinstance(features, int) else features[0]
-    net = NETS[1 if isinstance(features, int) else len(features)]
-    return net([inputs, hidden_features, hidden_features, inputs], context_features=context_features)
+    event = _as_event(features)
+    if len(event) not in NETS:
+        raise ValueError(f"There is no net here for events of shape {event}. Pass replace= with a branch for them.")
+    inputs = event[0]
+    return NETS[len(event)]([inputs, hidden_features, hidden_features, inputs], context_features=context_features)
 
 
 def _check_width(hidden_features: int | None, match_parameters: bool) -> None:

@@ -339,7 +339,7 @@ def test_images_ask_for_their_shape() -> None:
         swap_transforms(model, nf.flows.GlowBlock, image_branch)
     with pytest.raises(ValueError, match="not known; pass event_shape="):  # `features` are channels
         swap_transforms(transforms.CompositeTransform([image_coupling(4)]), COUPLING)
-    with pytest.raises(ValueError, match=r"shape \(4, 2\), for which there is no net here. Pass replace="):
+    with pytest.raises(ValueError, match=r"no net here for events of shape \(4, 2\). Pass replace="):
         swap_transforms(model, nf.flows.GlowBlock, event_shape=(4, 2))
 
 
