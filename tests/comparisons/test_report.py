@@ -9,11 +9,12 @@ import pytest
 
 from comparisons import columns, report, wording
 from comparisons.columns import MEANING, gap_text, with_error
+from comparisons.methods import METHODS
 from comparisons.results import Failure, Store
-from comparisons.standings import Gap
+from comparisons.standings import Gap, standings
 from comparisons.statistics import Interval
 from comparisons.tables import Grid
-from tests.comparisons.synthetic import make_store
+from tests.comparisons.synthetic import make_result, make_scores, make_store
 
 METHODS = ("ours", "nice", "nflows-maf", "nflows-maf-swapped", "gaussian", "planar")
 FAILURE = Failure("plane", "ffjord", 1, "RuntimeError: <stiff>")
@@ -104,6 +105,17 @@ def test_one_seed_is_marked(tmp_path: Path) -> None:
     (chapter,) = report.read(store).chapters
     assert all("†" in columns.score_text(standing) for standing in chapter.standings)
     assert "errors are over test points alone" in wording.outcome(chapter.standings)
+
+
+@pytest.mark.parametrize(("task", "published"), [("mnist-small", "1.05"), ("cifar10", "3.35"), ("digits-image", "–")])
+def test_published_numbers_stand_beside_those_of_the_same_data(task: str, published: str) -> None:
+    results = [make_result("nflows-glow", task=task), make_result("ours", task=task)]
+    glow, ours = standings(results, {result.key: make_scores(0.0) for result in results})
+    assert {glow.method: columns.published_text(glow), ours.method: columns.published_text(ours)} == {
+        "nflows-glow": published,
+        "ours": "–",
+    }
+    assert set(columns.PUBLISHED) <= set(METHODS)
 
 
 def test_dynamics_are_trained_once(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
