@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from comparisons import columns, report, wording
+from comparisons import columns, methods, report, wording
 from comparisons.columns import MEANING, gap_text, with_error
-from comparisons.methods import METHODS
 from comparisons.results import Failure, Store
 from comparisons.standings import Gap, standings
 from comparisons.statistics import Interval
@@ -115,7 +114,7 @@ def test_published_numbers_stand_beside_those_of_the_same_data(task: str, publis
         "nflows-glow": published,
         "ours": "–",
     }
-    assert set(columns.PUBLISHED) <= set(METHODS)
+    assert set(columns.PUBLISHED) <= set(methods.METHODS)
 
 
 def test_dynamics_are_trained_once(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
