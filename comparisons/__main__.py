@@ -409,9 +409,15 @@ def bench(
     quick: Annotated[bool, typer.Option("--quick", help="A smoke test: tiny sizes, numbers without meaning.")] = False,
     kind: Annotated[
         list[str],
-        typer.Option("--kind", help="Repeatable: vectors or images.", callback=known("kind", ("vectors", "images"))),
+        typer.Option(
+            "--kind",
+            help="Repeatable: vectors, images or classifiers; by default the first two.",
+            callback=known("kind", ("vectors", "images", "classifiers")),
+        ),
     ] = ["vectors", "images"],  # noqa: B006
-    batch: Annotated[int | None, typer.Option(min=1, help="Points or images in a step; by default 256 and 32.")] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Points or images in a step; by default 256, 32 and, of classifiers, 128.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="The torch seed.")] = 0,
     device: Device = "cpu",
     out: Annotated[Path, typer.Option(help="Folder for bench.json and bench.md.")] = Path("bench-results"),
@@ -426,7 +432,7 @@ def bench(
     settings = replace(speed.FULL, device=torch.device(device))
     settings = settings.smaller() if quick else settings
     if batch is not None:
-        settings = replace(settings, batch=batch, image_batch=batch)
+        settings = replace(settings, batch=batch, image_batch=batch, classifier_batch=batch)
     run_bench(settings, kind, seed, out, console)
 
 

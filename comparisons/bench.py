@@ -14,10 +14,11 @@ from lightning.fabric import seed_everything
 from rich.console import Console
 from rich.progress import Progress
 
-from comparisons import speed, speed_images
+from comparisons import speed, speed_classifiers, speed_images
 from comparisons.methods import BLOCKS
 from comparisons.provenance import provenance
 from comparisons.speed import LIPSCHITZ, SCALE, CertificateCost, Settings, Throughput, Versus
+from comparisons.speed_classifiers import CompiledStep
 from comparisons.tables import PROGRESS_COLUMNS, Columns, markdown_table, print_wide, rich_table
 from comparisons.workers import steady
 
@@ -49,6 +50,14 @@ CERTIFICATE_COLUMNS: Columns[CertificateCost] = {
     "free (ms)": lambda row: f"{1e3 * row.free:.1f}",
     "cost of the certificate": lambda row: f"{row.percent:+.0f} %",
     "allowed": lambda row: f"25 % {'kept' if row.percent <= 25 else 'MISSED'}",
+}
+
+COMPILED_COLUMNS: Columns[CompiledStep] = {
+    "size": lambda row: row.size,
+    "network": lambda row: row.network,
+    "as it is (ms)": lambda row: f"{1e3 * row.eager:.1f}",
+    "compiled (ms)": lambda row: f"{1e3 * row.compiled:.1f}",
+    "compiled / as it is": lambda row: f"{row.ratio:.2f}",
 }
 
 
@@ -102,13 +111,29 @@ IMAGES = (
         lambda settings: (*settings.images, *settings.wide_images),
     ),
 )
-KINDS = {"vectors": VECTORS, "images": IMAGES}
+CLASSIFIERS = (
+    Part(
+        "certificate_classifiers",
+        "Classifiers: what the constraint adds to a training step of the vanilla twin",
+        CERTIFICATE_COLUMNS,
+        speed_classifiers.certificate_cost,
+        lambda settings: settings.classifiers,
+    ),
+    Part(
+        "compiled_classifiers",
+        "Classifiers: a training step by torch.compile",
+        COMPILED_COLUMNS,
+        speed_classifiers.compiled_steps,
+        lambda settings: settings.classifiers,
+    ),
+)
+KINDS = {"vectors": VECTORS, "images": IMAGES, "classifiers": CLASSIFIERS}
 
 
 def bench(settings: Settings, kinds: Sequence[str], seed: int, out: Path, console: Console) -> None:
     """Measure every part at every size; print the tables, and write `bench.json` and `bench.md` to `out`."""
     out.mkdir(parents=True, exist_ok=True)
-    parts = [part for kind in kinds for part in KINDS[kind]]
+    parts = [part for kind in dict.fromkeys(kinds) for part in KINDS[kind]]
     measured: dict[Part, list] = {part: [] for part in parts}
     jobs = [(size, part) for part in parts for size in part.sizes(settings)]
     with Progress(*PROGRESS_COLUMNS, console=console) as progress, alike():
@@ -116,7 +141,7 @@ def bench(settings: Settings, kinds: Sequence[str], seed: int, out: Path, consol
             seed_everything(seed, verbose=False)
             measured[part] += part.measure(size, settings)
             write(out, measured, settings)
-    print_wide(console, [rich_table(part.title, part.columns, rows) for part, rows in measured.items()])
+    print_wide(console, [rich_table(part.title, part.columns, rows) for part, rows in measured.items() if rows])
     console.print(f"Written: {out / 'bench.json'} and {out / 'bench.md'}", highlight=False)
 
 
@@ -142,7 +167,7 @@ def write(out: Path, measured: dict[Part, list], settings: Settings) -> None:
     }
     (out / "bench.json").write_text(json.dumps(content, indent=1) + "\n")
     how = "\n".join(f"- {name}: {as_text(value)}" for name, value in {**run, "settings": describe(settings)}.items())
-    tables = [f"## {part.title}\n\n{markdown_table(part.columns, rows)}" for part, rows in measured.items()]
+    tables = [f"## {part.title}\n\n{markdown_table(part.columns, rows)}" for part, rows in measured.items() if rows]
     (out / "bench.md").write_text("\n\n".join(["# Bench", how, *tables]) + "\n")
 
 
@@ -150,7 +175,7 @@ def describe(settings: Settings) -> dict[str, object]:
     """The settings and what all sizes share, as text and numbers."""
     common = {"blocks": BLOCKS, "blocks on images": speed_images.BLOCKS}
     common |= {"lipschitz": LIPSCHITZ, "weights scaled by": SCALE}
-    sizes = {name: [str(size) for size in getattr(settings, name)] for name in ("images", "wide_images")}
+    sizes = {name: [str(size) for size in getattr(settings, name)] for name in ("images", "wide_images", "classifiers")}
     return {**asdict(settings), **sizes, "device": str(settings.device), **common}
 
 

@@ -3,7 +3,7 @@
 #
 #     bash comparisons/gpu.sh PART [more options of its command]
 #
-#     bench     time and memory beside normflows, vectors and images, and the cost of the certificate
+#     bench     time and memory beside normflows, vectors and images; cost of the certificate, also of classifiers
 #     classify  MNIST: vanilla and c = .9, four minutes each
 #     density   MNIST: ours, Glow and Real NVP, at equal parameters and equal time
 #     cifar     CIFAR-10: vanilla and c = .9 by the published recipe; many pieces
@@ -18,7 +18,7 @@ device=${DEVICE:-cuda}
 if [ -n "${WHEELS:-}" ]; then python -m pip install --quiet --no-index --find-links "$WHEELS" -e ".[comparisons]"; fi
 
 case $part in
-bench) set -- bench --batch 256 "$@" ;;
+bench) set -- bench --batch 256 --kind vectors --kind images --kind classifiers "$@" ;;
 classify) set -- classify --data mnist --vanilla --c 0.9 --seconds 200 --batch 128 --piece 450 "$@" ;;
 density)
     set -- run --task mnist --method ours --method nflows-glow --method nflows-realnvp --method normflows-glow \

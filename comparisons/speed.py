@@ -57,6 +57,19 @@ class ImageSize:
         return f"{self.channels}x{self.side}x{self.side}, {self.hidden} hidden"
 
 
+@dataclass(frozen=True)
+class ClassifierSize:
+    """An i-ResNet classifier by the name of its size, the images it sees, and whether to try torch.compile on it."""
+
+    name: str
+    shape: tuple[int, int, int]
+    compiled: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.name}, {'x'.join(map(str, self.shape))}"
+
+
+CLASSIFIERS = (ClassifierSize("small", (1, 28, 28), compiled=True), ClassifierSize("paper", (3, 32, 32)))
 USUAL_IMAGES = (ImageSize(1, 28, 32), ImageSize(12, 16, 64), ImageSize(48, 16, 64), ImageSize(3, 32, 64))
 WIDE_IMAGES = (ImageSize(12, 16, 512), ImageSize(48, 8, 512))
 
@@ -72,13 +85,24 @@ class Settings:
     images: tuple[ImageSize, ...] = USUAL_IMAGES
     wide_images: tuple[ImageSize, ...] = WIDE_IMAGES  # for the certificate alone
     image_batch: int = 32
+    classifiers: tuple[ClassifierSize, ...] = CLASSIFIERS
+    classifier_batch: int = 128
     device: torch.device = CPU
 
     def smaller(self) -> Settings:
         """A smoke test: its numbers mean nothing."""
         tiny = ImageSize(2, 4, 4)
         return replace(
-            self, features=(3,), repeats=1, width=16, batch=16, images=(tiny,), wide_images=(tiny,), image_batch=4
+            self,
+            features=(3,),
+            repeats=1,
+            width=16,
+            batch=16,
+            images=(tiny,),
+            wide_images=(tiny,),
+            image_batch=4,
+            classifiers=(ClassifierSize("smoke", (1, 8, 8)),),
+            classifier_batch=4,
         )
 
 

@@ -10,20 +10,24 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from lightning.fabric import Fabric
+from rich.console import Console
 from typer.testing import CliRunner
 
 from comparisons import workers
 from comparisons.__main__ import app
+from comparisons.bench import bench
 from comparisons.cells import Cell
 from comparisons.methods import METHODS
 from comparisons.results import Trial
 from comparisons.settings import PAUSED
+from comparisons.speed import FULL, ClassifierSize
 from comparisons.tasks.sources import REPOSITORY
 from comparisons.training import OnProgress
 from comparisons.workers import Broken, Outcome
@@ -440,6 +444,18 @@ def test_bench_quick(tmp_path: Path) -> None:
     assert "| quantity" in (tmp_path / "bench.md").read_text()
 
 
+def test_bench_of_classifiers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their networks go through torch.compile, here by a compiler that does nothing."""
+    monkeypatch.setattr("torch.compile", lambda module: module)
+    tiny = ClassifierSize("smoke", (1, 8, 8), compiled=True)
+    settings = replace(FULL.smaller(), classifiers=(tiny,))
+    bench(settings, ["classifiers", "classifiers"], 0, tmp_path, Console(quiet=True))
+    content = json.loads((tmp_path / "bench.json").read_text())
+    assert [row["size"] for row in content["certificate_classifiers"]] == ["smoke, 1x8x8"]
+    assert [row["network"] for row in content["compiled_classifiers"]] == ["vanilla", "c = 0.9"]
+    assert all(row["eager"] > 0 and row["compiled"] > 0 for row in content["compiled_classifiers"])
+
+
 def test_the_script_for_a_gpu(tmp_path: Path) -> None:
     """On the CPU, with the least to do."""
 
@@ -449,17 +465,16 @@ def test_the_script_for_a_gpu(tmp_path: Path) -> None:
         line = ["bash", "comparisons/gpu.sh", *arguments]
         return subprocess.run(line, env={**environment, "PATH": path}, cwd=REPOSITORY, capture_output=True, text=True)
 
-    done = script("bench", "--quick", "--kind", "images")
+    done = script("bench", "--quick")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert json.loads((tmp_path / "bench" / "bench.json").read_text())["side_by_side_images"]
+    content = json.loads((tmp_path / "bench" / "bench.json").read_text())
+    assert content["side_by_side"] and content["side_by_side_images"] and content["certificate_classifiers"]
     paused = script("classify", "--data", "digits", "--size", "smoke", "--seconds", "30", "--piece", "1")
     assert paused.returncode == PAUSED, paused.stdout + paused.stderr
     assert script("nothing").returncode == 2
 
 
 def test_property_kit_names_what_is_sound_and_what_is_not(tmp_path):
-    from rich.console import Console
-
     from comparisons.property_kit import FILE, property_kit
 
     assert property_kit(["nflows RandomPermutation", "normflows ActNorm"], tmp_path, Console(quiet=True)) == 0
