@@ -452,9 +452,10 @@ def report(folder: Folder) -> None:
     """Build report.html and report.md of a finished or interrupted run anew."""
     from comparisons.report import write_markdown, write_report
     from comparisons.results import Store
+    from comparisons.tables import print_lines
 
     store = Store(folder)
-    console.print(f"Tables: {write_markdown(store)}", f"Report: {write_report(store)}", sep="\n", highlight=False)
+    print_lines(console, f"Tables: {write_markdown(store)}", f"Report: {write_report(store)}")
 
 
 @app.command()
@@ -462,9 +463,9 @@ def figures(folder: Folder) -> None:
     """Write every picture of a run as a file of its own."""
     from comparisons.report import write_figures
     from comparisons.results import Store
+    from comparisons.tables import print_lines
 
-    for path in write_figures(Store(folder)):
-        console.print(path, highlight=False)
+    print_lines(console, *map(str, write_figures(Store(folder))))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from comparisons.methods import BLOCKS
 from comparisons.provenance import provenance
 from comparisons.speed import LIPSCHITZ, SCALE, CertificateCost, Settings, Throughput, Versus
 from comparisons.speed_classifiers import CompiledStep
-from comparisons.tables import PROGRESS_COLUMNS, Columns, markdown_table, print_wide, rich_table
+from comparisons.tables import PROGRESS_COLUMNS, Columns, markdown_table, print_lines, print_wide, rich_table
 from comparisons.workers import steady
 
 VERSUS_COLUMNS: Columns[Versus] = {
@@ -142,7 +142,7 @@ def bench(settings: Settings, kinds: Sequence[str], seed: int, out: Path, consol
             measured[part] += part.measure(size, settings)
             write(out, measured, settings)
     print_wide(console, [rich_table(part.title, part.columns, rows) for part, rows in measured.items() if rows])
-    console.print(f"Written: {out / 'bench.json'} and {out / 'bench.md'}", highlight=False)
+    print_lines(console, f"Written: {out / 'bench.json'} and {out / 'bench.md'}")
 
 
 @contextmanager

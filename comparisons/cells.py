@@ -195,7 +195,8 @@ def costs_inside(density: Density, points: Points) -> Costs:
 def picture_arrays(density: Density, task: Task, fabric: Fabric) -> Arrays:
     """Samples, and in the plane the log density on a grid; those of a conditional task are given the test contexts."""
     n = min(SHOWN[task.kind], len(task.test)) if task.context_features else SHOWN[task.kind]
-    given = ready(task.test.spread(n), density, fabric).context
+    shown = ready(task.test.spread(n), density, fabric)
+    given = shown.context
     with evaluating(density, task.features):
         arrays = {"samples": task.restore(density.sample(n, given).float().cpu()).numpy()}
     if task.kind == "plane" and given is None:
@@ -205,7 +206,7 @@ def picture_arrays(density: Density, task: Task, fabric: Fabric) -> Arrays:
         arrays["log_density"] = grid.clamp(-1e4, 1e4).half().numpy()  # half as large on disk, and as good to the eye
     if len(task.shape) > 1 and density.invertible:
         with evaluating(density, task.features, Omitted()):
-            arrays |= image_arrays(density, task, ready(task.test.spread(n), density, fabric))
+            arrays |= image_arrays(density, task, shown)
     return arrays
 
 

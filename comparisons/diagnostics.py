@@ -181,11 +181,10 @@ def log_det_error(density: Density, visits: Sequence[Visit], points: Points, sco
     `evaluating` leaves out in the blocks that were visited.
     """
     features = points.x[0].numel()
+    truncated = visits if features > EXACT_UP_TO else ()
     with evaluating(density, features):
         first, second = (density.log_prob(points.x, points.context).double() for _ in range(2))
-        left_out = sum(
-            BEYOND(visit.g, visit.x).remainder.double().mean().item() for visit in visits if features > EXACT_UP_TO
-        )
+        left_out = sum(BEYOND(visit.g, visit.x).remainder.double().mean().item() for visit in truncated)
     return 2 * math.sqrt((first - second).square().mean().item() / 2 / scored) + left_out
 
 

@@ -16,7 +16,7 @@ from rich.progress import Progress
 
 from comparisons.bench import as_text
 from comparisons.provenance import provenance
-from comparisons.tables import PROGRESS_COLUMNS
+from comparisons.tables import PROGRESS_COLUMNS, print_lines
 from iresflow_plugin.nets import LipschitzMLP
 from iresflow_plugin.testing import CHECKS, Outcome, Report, check_transform, scale_weights
 
@@ -225,7 +225,7 @@ def property_kit(names: list[str], out: Path, console: Console) -> int:
             failed = ", ".join(o.check for o in report.failures) or "all passed"
             write(out, reports)
             progress.console.print(f"{subject.name:<40} {failed}", highlight=False, soft_wrap=True)
-    console.print(f"Written: {out / FILE}", highlight=False)
+    print_lines(console, f"Written: {out / FILE}")
     return 0
 
 

@@ -18,8 +18,8 @@ from comparisons.methods import Method
 from comparisons.provenance import provenance
 from comparisons.report import terminal_tables, write_markdown, write_report
 from comparisons.results import Failure, Result, SettingsError, Store, Trial
-from comparisons.settings import INTERRUPTED, PAUSED, Budget, Machine
-from comparisons.tables import bar, print_wide
+from comparisons.settings import INTERRUPTED, INTERRUPTED_WORDS, PAUSED, Budget, Machine
+from comparisons.tables import bar, print_lines, print_wide
 from comparisons.tasks import Task, is_file
 from comparisons.workers import Broken, Left, Outcome, outcomes, steady
 
@@ -106,7 +106,7 @@ def run(plan: Plan, console: Console) -> int:
         left = run_cells(plan, tasks, store, fabric, console)
     except KeyboardInterrupt:
         interrupted = True
-        console.print("[yellow]Interrupted.[/] What was finished is kept; the same command goes on from here.")
+        console.print(INTERRUPTED_WORDS)
     results, failures, _ = store.load()
     if fabric.is_global_zero:
         finish(store, results, failures, console)
@@ -262,7 +262,7 @@ def keep(outcome: Outcome[Cell], store: Store, information: dict[str, Any]) -> N
     elif cell.trial:  # a rate that cannot be trained with, and no failure of the cell
         store.add_trial(Trial(*key_of(cell)[:2], cell.rate, None))
     else:
-        store.add(Failure(*key_of(cell), found.error), information)
+        store.add(Failure(*key_of(cell), found.words), information)
         return  # its checkpoint is for another try
     if cell.checkpoint is not None:
         cell.checkpoint.unlink(missing_ok=True)
@@ -277,7 +277,7 @@ def finish(store: Store, results: list[Result], failures: list[Failure], console
     paths = [f"Numbers: {store.write_json()}"]
     if results:
         paths += [f"Tables:  {write_markdown(store)}", f"Report:  {write_report(store)}"]
-    console.print(*paths, sep="\n", highlight=False, soft_wrap=True)
+    print_lines(console, *paths)
 
 
 def sentence(outcome: Outcome[Cell]) -> str:
@@ -287,9 +287,9 @@ def sentence(outcome: Outcome[Cell]) -> str:
     head = f"{name:<16} {method:<28}"
     which = f"learning rate {cell.rate:g}:" if cell.trial else f"seed {cell.seed} "
     if to_be_done_again(outcome):
-        return f"{head}{which} {found.words if isinstance(found, Left) else found.error}; the same command goes on"
+        return f"{head}{which} {found.words}; the same command goes on"
     if isinstance(found, Broken):
-        return f"{head}{which} failed: {found.error}"
+        return f"{head}{which} failed: {found.words}"
     if isinstance(found, Trial):
         worth = "no finite loss" if found.validation is None else f"validation {found.validation:.3f}"
         return f"{head}{which} {worth}"

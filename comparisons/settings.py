@@ -11,6 +11,7 @@ import torch
 from lightning.fabric import Fabric
 
 INTERRUPTED = 130  # exit code: what a shell calls an end by Ctrl-C
+INTERRUPTED_WORDS = "[yellow]Interrupted.[/] What was finished is kept; the same command goes on from here."
 PAUSED = 75  # exit code: what a shell calls a failure that another try may mend
 
 Optimizer = Literal["adam", "adamax", "sgd"]

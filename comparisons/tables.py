@@ -42,6 +42,11 @@ def bar(total: float, console: Console) -> Iterator[tuple[Progress, Callable[[fl
         yield progress, lambda done: progress.update(task, completed=done)
 
 
+def print_lines(console: Console, *lines: str) -> None:
+    """Unbroken, however narrow the terminal: a path is there to be copied."""
+    console.print(*lines, sep="\n", highlight=False, soft_wrap=True)
+
+
 @dataclass(frozen=True)
 class Grid:
     """A table as text, made once for the terminal, Markdown and HTML; columns without a number are left out."""

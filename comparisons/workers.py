@@ -61,7 +61,7 @@ class Left:
 class Broken:
     """In place of a result: the job ended with an error, or with the process that it ran in."""
 
-    error: str
+    words: str
     died: bool = False
 
 

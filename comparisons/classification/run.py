@@ -22,8 +22,8 @@ from comparisons.classification.tasks import CLASSES, load_task
 from comparisons.methods import Method, build, parameter_count
 from comparisons.provenance import provenance
 from comparisons.results import SettingsError, Store, append
-from comparisons.settings import INTERRUPTED, PAUSED, Machine
-from comparisons.tables import bar, print_wide
+from comparisons.settings import INTERRUPTED, INTERRUPTED_WORDS, PAUSED, Machine
+from comparisons.tables import bar, print_lines, print_wide
 from comparisons.tasks import Points, Task
 from comparisons.training import OnProgress, log_likelihoods, ready, train
 from comparisons.workers import Broken, Left, outcomes, steady
@@ -84,16 +84,14 @@ def classify(plan: Plan, console: Console) -> int:
         code = run_trainings(plan, store, console)
     except KeyboardInterrupt:
         code = INTERRUPTED
-        console.print("[yellow]Interrupted.[/] What was finished is kept; the same command goes on from here.")
+        console.print(INTERRUPTED_WORDS)
     if results := read(store.lines):
         grid = report.table(results)
         print_wide(console, [grid.rich()])
-        console.print(
+        print_lines(
+            console,
             f"Table:   {report.write_markdown(store, results, plan.settings)}",
             f"Picture: {report.write_picture(store, results)}",
-            sep="\n",
-            highlight=False,
-            soft_wrap=True,
         )
     return code
 
@@ -125,7 +123,7 @@ def sentence(training: Training, found: Trained | Left | Broken) -> str:
     who = f"{training.name}, seed {training.seed}"
     if isinstance(found, Left):
         return f"{who}: {found.words}; the same command goes on"
-    return f"{who} failed: {found.error}"
+    return f"{who} failed: {found.words}"
 
 
 def run_training(training: Training, fabric: Fabric, on_progress: OnProgress) -> Trained:

@@ -465,9 +465,11 @@ def test_the_script_for_a_gpu(tmp_path: Path) -> None:
         line = ["bash", "comparisons/gpu.sh", *arguments]
         return subprocess.run(line, env={**environment, "PATH": path}, cwd=REPOSITORY, capture_output=True, text=True)
 
-    done = script("bench", "--quick")
-    assert done.returncode == 0, done.stdout + done.stderr
-    content = json.loads((tmp_path / "bench" / "bench.json").read_text())
+    content = {}
+    for part in ("bench", "bench-classifiers"):
+        done = script(part, "--quick")
+        assert done.returncode == 0, done.stdout + done.stderr
+        content |= json.loads((tmp_path / part / "bench.json").read_text())
     assert content["side_by_side"] and content["side_by_side_images"] and content["certificate_classifiers"]
     paused = script("classify", "--data", "digits", "--size", "smoke", "--seconds", "30", "--piece", "1")
     assert paused.returncode == PAUSED, paused.stdout + paused.stderr
