@@ -1,11 +1,13 @@
 """Replace transforms inside an existing flow by residual blocks.
 
 No module of yours is ever run for this: an ActNorm initialises itself on whatever it sees first. The sizes of events
-and contexts are read off attributes that the hosts keep, and asked for where there are none.
+and contexts are read off attributes that the hosts keep, and asked for where there are none; or a copy of the flow is
+run on an example, to see them.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +17,7 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from iresflow_plugin.lipschitz import AddContext
@@ -23,6 +25,7 @@ from iresflow_plugin.nets import LipschitzConvNet, LipschitzMLP
 
 Select = type | tuple[type, ...] | str | Sequence[str] | Callable[[str, nn.Module], bool]
 Event = tuple[int, ...]
+Context = tuple[str, int] | None  # ("context_features", size of a vector) or ("context_channels", those of an image)
 Replace = Callable[[Any, int, int | None], nn.Module]
 
 DEFAULT_WIDTH = 64
@@ -88,6 +91,7 @@ def swap_transforms(
     hidden_features: int | None = None,
     event_shape: int | Sequence[int] | None = None,
     context_features: int | None = None,
+    example: Tensor | tuple[Any, ...] | None = None,
 ) -> SwapReport:
     """Replace the selected transforms of an nflows or normflows model by residual blocks, in place.
 
@@ -103,19 +107,23 @@ def swap_transforms(
         replace: a function (features, hidden_features, context_features) -> branch, `ResidualBlock`, or ready transform
             of the host. `features` is an integer for vectors, and the event shape otherwise. None is
             `LipschitzMLP([features, hidden_features, hidden_features, features], context_features)`, or for images
-            `LipschitzConvNet` with their channels in place of the features.
+            `LipschitzConvNet` with their channels in place of the features. For a context image, `context_features`
+            are its channels.
         match_parameters: choose the width with which the number of trainable parameters comes closest to the old one.
         hidden_features: the width if `match_parameters` is False; None is 64.
         event_shape: of the selected transforms. None reads it off the transform's attribute `features`, or off the
-            multiscale model or base distribution around it. To be given for images, which change shape on the way.
-        context_features: size of the context of the selected transforms, 0 for none. None looks for it in the nets of
-            the old transform: what took no context is replaced by what takes none.
+            multiscale model or base distribution around it. Images change shape on the way: for them give this, or
+        example: a batch of points, or what else `log_prob` takes, such as (images, context): a copy of the flow scores
+            it, and each selected transform is replaced by one for events of the shape that it was handed.
+        context_features: size of the context vector of the selected transforms, 0 for none. None looks for the size of
+            a vector or the channels of an image in the nets of the old transform, and in the example's context: what
+            took no context is replaced by what takes none.
 
     Returns:
         A report with the path, types, trainable parameters and width of every swap.
 
     Raises:
-        ValueError: nothing is selected, or a size can neither be found nor was given.
+        ValueError: nothing is selected, a size can neither be found nor was given, or the example does not fit.
 
     >>> from nflows.flows import SimpleRealNVP
     >>> from nflows.transforms import AffineCouplingTransform
@@ -130,12 +138,15 @@ def swap_transforms(
     torch.Size([5])
     """
     _check_width(hidden_features, match_parameters)
-    make: Replace = _branch if replace is None else replace
+    make = _branch if replace is None else partial(_made_by, replace)
     count = _counter(make)
     swaps = []
-    for paths, old in _chosen(flow, select):
-        features = _features(flow, paths[0], old, event_shape)
-        context = _context_features(paths[0], old, context_features)
+    chosen = _chosen(flow, select)
+    seen = {} if example is None else _seen(flow, [paths[0] for paths, _ in chosen], event_shape, example)
+    for paths, old in chosen:
+        shown = seen.get(paths[0], Shown(event_shape))
+        features = _features(flow, paths[0], old, shown.event)
+        context = _context(paths[0], old, context_features, shown.context)
         width = hidden_features or DEFAULT_WIDTH
         if match_parameters:
             width = _closest_width(partial(count, features, context), _trainable(old))
@@ -237,18 +248,69 @@ def _host(module: object) -> str | None:
 # what the new transform has to take ------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Shown:
+    """What a transform is handed: the shape of its events and, if there is one, that of its context."""
+
+    event: int | Sequence[int] | None
+    context: Event | None = None
+
+
+def _seen(flow: nn.Module, paths: Sequence[str], given: Any, example: Any) -> dict[str, Shown]:
+    """What arrives at `paths`, where a copy of the flow takes the example from data to noise."""
+    if given is not None:
+        raise ValueError(f"event_shape={given!r} and example= both tell the shape of events; pass one of them.")
+    copied, seen = copy.deepcopy(flow).eval(), {}
+    for path in paths:
+        module = copied.get_submodule(path)
+        for name in ("forward", "inverse"):
+            setattr(module, name, _noting(getattr(module, name), seen, path))
+    arguments = example if isinstance(example, tuple) else (example,)
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            _to_noise(copied)(*arguments)
+    except Exception as error:
+        sizes = ", ".join(str(tuple(one.shape)) if isinstance(one, Tensor) else repr(one) for one in arguments)
+        raise ValueError(
+            f"The example ({sizes}) does not pass through this {type(flow).__name__}: {error} Give example= what you "
+            "give its log_prob."
+        ) from error
+    missed = [path for path in paths if path not in seen]
+    if missed:
+        raise ValueError(f"The example passes by {', '.join(map(repr, missed))}. Pass event_shape= for what is there.")
+    return seen
+
+
+def _noting(method: Callable[..., Any], seen: dict[str, Shown], path: str) -> Callable[..., Any]:
+    """The same method, which notes what it is handed first."""
+
+    def noted(x: Tensor, *rest: Any, **named: Any) -> Any:
+        context = named.get("context", rest[0] if rest else None)
+        seen.setdefault(path, Shown(tuple(x.shape[1:]), None if context is None else tuple(context.shape[1:])))
+        return method(x, *rest, **named)
+
+    return noted
+
+
+def _to_noise(flow: Any) -> Callable[..., Any]:
+    """What takes points from data to noise, whatever their density: in normflows `log_prob` insists on a class."""
+    if _host(flow) == "normflows":
+        return flow.inverse
+    return getattr(flow, "forward_kld", None) or getattr(flow, "log_prob", None) or flow
+
+
 def _features(flow: nn.Module, path: str, old: nn.Module, given: int | Sequence[int] | None) -> int | Event:
     """The number of features of a vector, or the event shape."""
     where = f"'{path}' ({type(old).__name__})"
     event = _found_event(flow, path, old) if given is None else _as_event(given)
     if event is None:
-        raise ValueError(f"The shape of the events at {where} is not known; pass event_shape=.")
+        raise ValueError(f"The shape of the events at {where} is not known; pass event_shape= or example=.")
     if len(event) == 1:
         return event[0]
     if given is None:
         raise ValueError(
-            f"The events at {where} seem to be of shape {event}. Pass event_shape=, since images change shape on their "
-            "way through a flow."
+            f"The events at {where} seem to be of shape {event}. Images change shape on their way through a flow: pass "
+            "example= with some of them, or event_shape=."
         )
     return event
 
@@ -320,38 +382,54 @@ def _normflows_scale(multiscale: Any, scale: int) -> Event | None:
     return (sum(vectors),) if len(vectors) == len(events) else events[-1]
 
 
-def _context_features(path: str, old: nn.Module, given: int | None) -> int | None:
+def _context(path: str, old: nn.Module, given: int | None, shown: Event | None) -> Context:
+    """The kind and size of the context: the user's word, or what arrives, if the nets take any, or what they say."""
     if given is not None:
         if not isinstance(given, int) or given < 0:
             raise ValueError(f"context_features must be a number of features, or 0 for no context, got {given!r}.")
-        return given or None
-    sizes = {size for part in old.modules() for size in _context_sizes(part)}
-    if len(sizes) > 1:
+        return ("context_features", given) if given else None
+    found = {mark for part in old.modules() for mark in _context_marks(part)}
+    if found and shown:
+        return ("context_features" if len(shown) == 1 else "context_channels", shown[0])
+    if len(found) > 1:
+        sizes = sorted(size for _, size in found)
         raise ValueError(
-            f"'{path}' ({type(old).__name__}) takes contexts of several sizes, {sorted(sizes)}; pass context_features=."
+            f"'{path}' ({type(old).__name__}) takes contexts of several sizes, {sizes}; pass context_features=."
         )
-    return next(iter(sizes), None)
+    return next(iter(found), None)
 
 
-def _context_sizes(part: Any) -> Iterator[int]:
+def _context_marks(part: Any) -> Iterator[tuple[str, int]]:
     """The marks that a context leaves on the nets of both hosts, and on ours."""
-    features = getattr(part, "context_features", None)
-    if isinstance(features, int):
-        yield features
+    for name in ("context_features", "context_channels"):
+        size = getattr(part, name, None)
+        if isinstance(size, int):
+            yield name, size
     layer = part.network if isinstance(part, AddContext) else getattr(part, "context_layer", None)
     if isinstance(layer, nn.Linear):
-        yield layer.in_features
+        yield "context_features", layer.in_features
+    if isinstance(layer, _ConvNd):
+        yield "context_channels", layer.in_channels
 
 
 # the new transform -----------------------------------------------------------------------------------
 
 
-def _branch(features: Any, hidden_features: int, context_features: int | None) -> nn.Module:
+def _branch(features: Any, hidden_features: int, context: Context) -> nn.Module:
     event = _as_event(features)
     if len(event) not in NETS:
         raise ValueError(f"There is no net here for events of shape {event}. Pass replace= with a branch for them.")
+    if len(event) == 1 and context is not None and context[0] == "context_channels":
+        raise ValueError(
+            f"There is no net here for vectors of {event[0]} features with a context image of {context[1]} channels. "
+            "Pass replace= with a branch for them, or context_features=."
+        )
     inputs = event[0]
-    return NETS[len(event)]([inputs, hidden_features, hidden_features, inputs], context_features=context_features)
+    return NETS[len(event)]([inputs, hidden_features, hidden_features, inputs], **dict([context] if context else []))
+
+
+def _made_by(replace: Replace, features: Any, hidden_features: int, context: Context) -> nn.Module:
+    return replace(features, hidden_features, None if context is None else context[1])
 
 
 def _check_width(hidden_features: int | None, match_parameters: bool) -> None:
@@ -366,13 +444,13 @@ def _check_width(hidden_features: int | None, match_parameters: bool) -> None:
         raise ValueError(f"hidden_features must be a positive integer, got {hidden_features!r}.")
 
 
-def _counter(make: Replace) -> Callable[[int | Event, int | None, int], int]:
+def _counter(make: Callable[[Any, int, Context], nn.Module]) -> Callable[[int | Event, Context, int], int]:
     """Trainable parameters by size, from nets that are built, counted and dropped; they leave no trace in the seed."""
 
     @cache
-    def count(features: int | Event, context_features: int | None, width: int) -> int:
+    def count(features: int | Event, context: Context, width: int) -> int:
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            return _trainable(_checked(make(features, width, context_features)))
+            return _trainable(_checked(make(features, width, context)))
 
     return count
 
@@ -430,7 +508,7 @@ def _like(old: nn.Module, flow: nn.Module, new: nn.Module) -> nn.Module:
 # the report ------------------------------------------------------------------------------------------
 
 
-def _row(paths: tuple[str, ...], old: nn.Module, new: nn.Module, width: int, context_features: int | None) -> Swap:
+def _row(paths: tuple[str, ...], old: nn.Module, new: nn.Module, width: int, context: Context) -> Swap:
     block = getattr(new, "block", None)
     branch = "" if block is None else f"({type(block.branch).__name__})"
     return Swap(
@@ -440,7 +518,7 @@ def _row(paths: tuple[str, ...], old: nn.Module, new: nn.Module, width: int, con
         parameters_before=_trainable(old),
         parameters_after=_trainable(new),
         hidden_features=width,
-        context_features=context_features,
+        context_features=None if context is None else context[1],
     )
 
 

@@ -26,6 +26,7 @@ from iresflow_plugin.lipschitz import constrain
 from iresflow_plugin.log_det import Exact
 from iresflow_plugin.nets import LipschitzMLP
 from iresflow_plugin.swap import SwapReport, swap_transforms
+from iresflow_plugin.testing import scale_weights
 
 COUPLING = transforms.AffineCouplingTransform
 MAF = transforms.MaskedAffineAutoregressiveTransform
@@ -349,6 +350,96 @@ def test_images_get_a_convolutional_net() -> None:
     assert "ResidualTransform(LipschitzConvNet)" in str(report)
     assert abs(report.parameters_after / report.parameters_before - 1) < 0.2
     assert flow.log_prob(torch.randn(5, 1, 4, 4)).shape == (5,)
+
+
+def glow() -> nf.MultiscaleFlow:
+    """Two scales of normflows, whose ActNorm initialises itself even in eval mode."""
+    levels = [[nf.flows.GlowBlock(8, 8), nf.flows.Squeeze()], [nf.flows.GlowBlock(4, 8), nf.flows.Squeeze()]]
+    bases = [nf.distributions.DiagGaussian((8, 1, 1)), nf.distributions.DiagGaussian((2, 2, 2))]
+    return nf.MultiscaleFlow(bases, levels, [nf.flows.Merge()], class_cond=False)
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "shapes"),
+    [
+        (image_flow, COUPLING, [(4, 2, 2), (2, 2, 2)]),
+        (glow, nf.flows.AffineCouplingBlock, [(8, 1, 1), (4, 2, 2)]),
+    ],
+)
+def test_an_example_shows_the_shapes_of_images(make, kind, shapes) -> None:
+    """All scales at once. Neither the flow nor the seed has seen anything of it."""
+    flow, images = make(), torch.randn(2, 1, 4, 4)
+    before = {name: value.clone() for name, value in flow.state_dict().items()}
+    seed = torch.get_rng_state()
+    with pytest.raises(TypeError, match="replace must return"):  # after the example has run
+        swap_transforms(flow, kind, lambda *sizes: None, False, example=images)
+    assert torch.equal(torch.get_rng_state(), seed)
+    assert all(torch.equal(value, before[name]) for name, value in flow.state_dict().items())
+    swap_transforms(flow, kind, image_branch, example=images)
+    blocks = [module for module in flow.modules() if isinstance(module, ResidualBlock)]
+    assert [tuple(block.branch[-1].unflattened_size) for block in blocks] == shapes
+    assert flow.log_prob(torch.randn(5, 1, 4, 4), *[None] * (make is glow)).shape == (5,)
+
+
+def test_an_example_of_a_conditional_flow_brings_its_context() -> None:
+    flow = nflows_flow(context_features=C)
+    report = swap_transforms(flow, COUPLING, example=(torch.randn(2, 4), torch.randn(2, C)))
+    assert widths_of_events(report, flow) == [4, 4] and report.rows[0].context_features == C
+
+
+class Spread(ConvResidualNet):
+    """A row of context for each image, the same at every pixel."""
+
+    def forward(self, inputs, context=None):
+        return super().forward(inputs, context[:, :, None, None].expand(-1, -1, *inputs.shape[2:]))
+
+
+@pytest.mark.parametrize(("net", "context"), [(ConvResidualNet, (C, 2, 2)), (Spread, (C,))])
+@pytest.mark.parametrize("shown", [True, False])
+def test_a_context_of_images_is_an_image_or_a_vector(net, context, shown) -> None:
+    def coupling() -> nn.Module:
+        return COUPLING([0, 1, 0, 1], partial(net, hidden_channels=8, context_channels=C))
+
+    images, contexts = torch.randn(5, 4, 2, 2), torch.randn(5, *context)
+    flow = Flow(transforms.CompositeTransform([coupling(), coupling()]), StandardNormal([4, 2, 2]))
+    if not shown and net is Spread:  # a net of images says that it takes one
+        report = swap_transforms(flow, COUPLING, event_shape=(4, 2, 2), context_features=C)
+    elif shown:
+        report = swap_transforms(flow, COUPLING, example=(images, contexts))
+    else:
+        report = swap_transforms(flow, COUPLING, event_shape=(4, 2, 2))
+    assert [row.context_features for row in report.rows] == [C, C]
+    for block in (module for module in flow.modules() if isinstance(module, ResidualBlock)):
+        scale_weights(block)
+    scores = flow.log_prob(images, contexts)
+    assert (flow.log_prob(images, contexts.flip(0)) - scores).abs().max() > 1e-4
+
+
+def test_vectors_with_a_context_image_need_a_branch_of_the_users() -> None:
+    flow = Flow(transforms.CompositeTransform([coupling(4)]), StandardNormal([4]))
+    flow._transform._transforms[0].context_channels = 2
+    with pytest.raises(ValueError, match="no net here for vectors of 4 features with a context image of 2 channels"):
+        swap_transforms(flow, COUPLING)
+
+
+def test_an_example_goes_from_data_to_noise_in_both_hosts() -> None:
+    turned = transforms.InverseTransform(transforms.CompositeTransform([image_coupling(4)]))
+    swap_transforms(turned, COUPLING, example=torch.randn(2, 4, 2, 2))
+    assert turned(torch.randn(2, 4, 2, 2))[0].shape == (2, 4, 2, 2)
+    composite = nf.flows.Composite([nf.flows.GlowBlock(4, 8), nf.flows.Squeeze()])
+    swap_transforms(composite, nf.flows.AffineCouplingBlock, example=torch.randn(2, 1, 4, 4))
+    assert composite.inverse(torch.randn(2, 1, 4, 4))[0].shape == (2, 4, 2, 2)
+
+
+def test_an_example_that_does_not_fit_is_refused() -> None:
+    flow = image_flow()
+    with pytest.raises(ValueError, match=r"The example \(\(1, 1, 3, 3\)\) does not pass through this Flow: .*log_prob"):
+        swap_transforms(flow, COUPLING, example=torch.randn(1, 1, 3, 3))
+    with pytest.raises(ValueError, match=r"event_shape=\(4, 2, 2\) and example= both tell"):
+        swap_transforms(flow, COUPLING, example=torch.randn(2, 1, 4, 4), event_shape=(4, 2, 2))
+    flow.aside = image_coupling(4)
+    with pytest.raises(ValueError, match=r"The example passes by 'aside'. Pass event_shape="):
+        swap_transforms(flow, COUPLING, example=torch.randn(2, 1, 4, 4))
 
 
 def test_images_with_a_branch_for_them() -> None:

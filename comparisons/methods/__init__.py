@@ -47,7 +47,6 @@ def twin(name: str, swapped: type[nn.Module]) -> Method:
         learning_rate=ORIGINALS["ours"].learning_rate,
         grid=ORIGINALS["ours"].grid,
         swapped=swapped,
-        images=None,  # a swapped transform becomes a block of vectors
     )
 
 

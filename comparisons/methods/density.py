@@ -197,5 +197,15 @@ def build(method: Method, event: Event, parameters: int, context_features: int |
         raise ValueError(refusal)
     width = 1 if method.own_size else widest(method, event, parameters, context_features)
     flow = method.model(event, width, context_features)
-    swap = "" if method.swapped is None else str(swap_transforms(flow, method.swapped))
+    swap = ""
+    if method.swapped is not None:
+        swap = str(swap_transforms(flow, method.swapped, example=example(event, context_features)))
     return method.density(event)(flow, context_features, swap)
+
+
+def example(event: Event, context_features: int | None) -> tuple[Tensor, ...] | None:
+    """Images and their contexts, on which to see the shapes inside a flow; vectors keep theirs."""
+    if not is_image(event):
+        return None
+    images = torch.zeros(2, *event)
+    return (images,) if context_features is None else (images, torch.zeros(2, context_features))

@@ -21,7 +21,6 @@ from comparisons.methods.density import Images, Shape
 from comparisons.methods.hosts import NflowsDensity
 from comparisons.methods.multiscale import Block, MultiscaleDensity, nflows_images, normflows_images
 from iresflow_plugin.adapters.nflows import ResidualTransform
-from iresflow_plugin.adapters.normflows import ResidualFlow
 from iresflow_plugin.lipschitz import CLipSwish, LipSwish
 from iresflow_plugin.log_det import Geometric, PowerSeries, RussianRoulette
 from iresflow_plugin.nets import LipschitzConvNet, LipschitzDenseNet
@@ -81,11 +80,6 @@ def i_densenet(channels: int, number: int, width: int, context_features: int | N
         channels, [width] * 3, kernel=3, context_features=context_features, activation=CLipSwish, lipschitz=0.98**4
     )
     return [ActNorm(channels), ResidualTransform(net, log_det=ROULETTE)]
-
-
-def ours_in_normflows(channels: int, number: int, width: int, context_features: int | None) -> list[nn.Module]:
-    mixing = [normflows.flows.Invertible1x1Conv(channels, use_lu=True), normflows.flows.ActNorm((channels, 1, 1))]
-    return [Block([ResidualFlow(branch(channels, width, None)), *mixing])]
 
 
 # couplings -------------------------------------------------------------------------------------------

@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.autograd.functional import jacobian
 
 from comparisons import diagnostics
-from comparisons.methods import METHODS, Density, Images, Method, build, parameter_count, widest
-from comparisons.methods.images import NormflowsImages, ours_in_normflows
+from comparisons.methods import METHODS, TWINS, Density, Method, build, parameter_count, widest
 from comparisons.methods.multiscale import MultiscaleDensity, logit, nflows_preparation, normflows_preparation, scales
 from comparisons.tasks import Points
 from comparisons.training import EXACT_UP_TO, evaluating
@@ -25,25 +24,11 @@ SHAPE, BUDGET, CONTEXT = (1, 8, 8), 12_000, 3
 ON_IMAGES = [name for name, method in METHODS.items() if method.images is not None]
 TRAINED = [name for name in ON_IMAGES if METHODS[name].fit is None]
 ASKED_FOR = ["i-resnet", "residual-flow", "i-densenet", "ours", "nflows-realnvp", "nflows-glow", "normflows-glow"]
-OURS_IN_NORMFLOWS = Method(
-    "ours-in-normflows",
-    "Our blocks in a multi-scale flow of normflows",
-    "residual",
-    "this package",
-    METHODS["ours"].stack,
-    METHODS["ours"].host,
-    learning_rate=1e-2,
-    images=Images(NormflowsImages(ours_in_normflows), MultiscaleDensity),
-)
 
 
 def given(name: str) -> int | None:
     images = METHODS[name].images
     return CONTEXT if images is not None and images.conditional else None
-
-
-def method(name: str) -> Method:
-    return OURS_IN_NORMFLOWS if name == "own" else METHODS[name]
 
 
 def contexts(rows: int, features: int | None) -> Tensor | None:
@@ -72,10 +57,22 @@ def made(
 
 
 def test_what_was_asked_for_is_there() -> None:
-    assert {*ASKED_FOR, "nflows-maf", "nice", "made"} <= set(ON_IMAGES)
+    assert {*ASKED_FOR, "nflows-maf", "nice", "made", *TWINS.values()} <= set(ON_IMAGES)
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize(("original", "twin"), TWINS.items())
+def test_a_twin_has_blocks_in_place_of_the_swapped_transforms(original: str, twin: str) -> None:
+    """At all scales, of about as many parameters, and with a context where the original has one."""
+    swapped = METHODS[twin].swapped
+    assert isinstance(swapped, type)
+    old, new = (build(METHODS[name], SHAPE, BUDGET, given(name)) for name in (original, twin))
+    blocks = [module for module in new.modules() if isinstance(module, ResidualBlock)]
+    assert len(blocks) == sum(isinstance(module, swapped) for module in old.modules()) == 8
+    assert not any(isinstance(module, swapped) for module in new.modules())
+    assert parameter_count(new) == pytest.approx(parameter_count(old), rel=0.1)
+
+
+@pytest.mark.parametrize("name", [name for name in TRAINED if METHODS[name].swapped is None])
 def test_an_image_method_is_the_largest_within_its_budget(name: str) -> None:
     method = METHODS[name]
     density, width = build(method, SHAPE, BUDGET), widest(method, SHAPE, BUDGET)
@@ -97,12 +94,14 @@ def test_samples_are_images_and_the_way_back_leads_home(name: str) -> None:
         torch.testing.assert_close(density.to_data(density.to_noise(x, context), context), x, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["ours", "nflows-glow", "normflows-glow", "normflows-realnvp", "made", "nice", "own"])
+@pytest.mark.parametrize(
+    "name", ["ours", "nflows-glow", "normflows-glow", "normflows-realnvp", "made", "nice", "normflows-glow-swapped"]
+)
 @pytest.mark.parametrize("channels", [1, 3])
 def test_log_prob_is_that_of_the_noise_and_the_jacobian(name: str, channels: int) -> None:
     """Preparation, squeezes and factored channels included."""
     shape = (channels, 4, 4)
-    density = made(method(name), shape)
+    density = made(METHODS[name], shape)
     x = torch.rand(2, *shape)
     with evaluating(density, math.prod(shape)):
         slopes = jacobian(lambda x: density.to_noise(x).sum(0), x)
@@ -112,10 +111,10 @@ def test_log_prob_is_that_of_the_noise_and_the_jacobian(name: str, channels: int
         torch.testing.assert_close(density.log_prob(x), expected, atol=1e-3, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["ours", "alternating", "normflows-glow", "own"])
+@pytest.mark.parametrize("name", ["ours", "alternating", "normflows-glow", "normflows-glow-swapped"])
 def test_samples_have_the_density_that_they_came_with(name: str) -> None:
     """Both hosts sample with a log-density; that of the sample, taken the other way round, is the same."""
-    density = made(method(name))
+    density = made(METHODS[name])
     draw = density.flow.sample if isinstance(density, MultiscaleDensity) else density.flow.sample_and_log_prob
     with evaluating(density, math.prod(SHAPE)):
         samples, came_with = draw(3)
