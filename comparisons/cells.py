@@ -217,7 +217,7 @@ def image_arrays(density: Density, task: Task, shown: Points) -> Arrays:
     """
     noise = density.to_noise(shown.x, shown.context)
     given = None if shown.context is None else shown.context[:PAIRS].repeat_interleave(BETWEEN, 0)
-    angles = torch.linspace(0, math.pi / 2, BETWEEN).to(noise)[:, None]
+    angles = torch.linspace(0, math.pi / 2, BETWEEN).to(noise).view(-1, *[1] * (noise.ndim - 1))
     start, end = noise[:PAIRS, None], noise[PAIRS : 2 * PAIRS, None]
     paths = (start * angles.cos() + end * angles.sin()).flatten(0, 1)
     found = {

@@ -39,7 +39,7 @@ class Size:
     """How large a classifier is.
 
     Args:
-        channels: of the padded image, behind the first squeeze if there is one.
+        channels: of the padded image, behind the first squeeze if there is one; an image of more channels keeps them.
         stages: (blocks, hidden channels) of each; a squeeze stands between two stages.
         squeeze_first: begin with a squeeze, before padding: cheaper by four.
     """
@@ -101,8 +101,6 @@ class Pad(Step):
 
     def __init__(self, own: int, channels: int) -> None:
         super().__init__()
-        if channels < own:
-            raise ValueError(f"the image has {own} channels and cannot be padded to {channels}; take at least {own}.")
         self.own, self.added = own, channels - own
 
     def forward(self, x: Tensor) -> Tensor:
@@ -243,7 +241,8 @@ class InvertibleClassifier(nn.Module):
             raise ValueError(f"there is no activation {activation!r}; there are: {', '.join(ACTIVATIONS)}.")
         self.shape, self.c = shape, c
         first: list[Step] = [Squeeze()] if size.squeeze_first else []
-        own, channels = shape[0] * 4 ** len(first), size.channels
+        own = shape[0] * 4 ** len(first)
+        channels = max(own, size.channels)
         steps: list[Step] = [*first, Pad(own, channels)]
         for stage, (blocks, width) in enumerate(size.stages):
             if stage:

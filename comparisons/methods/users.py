@@ -1,20 +1,23 @@
-"""Flows of the user: an nflows `Flow` or a normflows `NormalizingFlow` that a function in a module of theirs makes."""
+"""Flows of the user, of vectors or images: one of the hosts' models that a function in a module of theirs makes."""
 
 from __future__ import annotations
 
 import copy
 import importlib
+import math
 import os
 import sys
 from dataclasses import dataclass
 from typing import Any
 
 import normflows
+import torch
 from nflows.flows import Flow
-from torch import nn
+from torch import Tensor, nn
 
-from comparisons.methods.density import Density, Method
+from comparisons.methods.density import Density, Event, Images, Method, example
 from comparisons.methods.hosts import NflowsDensity, NormflowsDensity
+from comparisons.methods.multiscale import MultiscaleDensity
 
 SWAPPED_BY_DEFAULT = ("Coupling", "Autoregressive")  # parts of the names of the hosts' classes
 
@@ -25,12 +28,23 @@ class Made:
 
     where: str
 
-    def __call__(self, features: int, width: int, context_features: int | None) -> nn.Module:
+    def __call__(self, event: Event, width: int, context_features: int | None) -> nn.Module:
         flow = flow_at(self.where)
-        own = features_of(flow)
+        own, features = features_of(flow), math.prod(event) if isinstance(event, tuple) else event
         if own is not None and own != features:
             raise ValueError(f"{self.where} is a flow of {own} features, and the task has {features}.")
+        try:
+            self.score(flow, example(event, context_features), context_features)
+        except Exception as error:
+            raise ValueError(f"{self.where} cannot score images of shape {event}: {error}") from error
         return flow
+
+    @staticmethod
+    @torch.no_grad()
+    def score(flow: nn.Module, images: tuple[Tensor, ...] | None, context_features: int | None) -> None:
+        """By a copy: an ActNorm initialises itself on whatever it sees first."""
+        if images is not None:
+            host_of(flow)(copy.deepcopy(flow).eval(), context_features).log_prob(*images)
 
 
 @dataclass(frozen=True)
@@ -51,6 +65,7 @@ class Named:
 def users_methods(where: str, replaced: tuple[str, ...], rate: float, swapped_rate: float) -> tuple[Method, Method]:
     """The user's flow and its swapped twin; both keep their own size, whatever the task says."""
     host = host_of(flow_at(where))
+    images = Images(Made(where), host, conditional=host is not MultiscaleDensity)
     original = Method(
         where,
         f"{where}, as it is",
@@ -59,7 +74,9 @@ def users_methods(where: str, replaced: tuple[str, ...], rate: float, swapped_ra
         Made(where),
         host,
         learning_rate=rate,
+        conditional=images.conditional,
         own_size=True,
+        images=images,
     )
     about = f"{where}, every {Named(replaced).__name__} swapped for a residual block"
     twin = Method(
@@ -70,7 +87,9 @@ def users_methods(where: str, replaced: tuple[str, ...], rate: float, swapped_ra
         Made(where),
         host,
         learning_rate=swapped_rate,
+        conditional=images.conditional,
         own_size=True,
+        images=images,
         swapped=Named(replaced),
     )
     return original, twin
@@ -98,19 +117,23 @@ def host_of(flow: Any) -> type[Density]:
         return NflowsDensity
     if isinstance(flow, normflows.NormalizingFlow):
         return NormflowsDensity
+    if isinstance(flow, normflows.MultiscaleFlow):
+        if flow.class_cond:
+            raise ValueError("got a normflows.MultiscaleFlow of classes; make it with class_cond=False.")
+        return MultiscaleDensity
     raise ValueError(
-        f"got a {type(flow).__module__}.{type(flow).__name__}, and can take an nflows.flows.Flow or a "
-        "normflows.NormalizingFlow, or a function without arguments that makes one."
+        f"got a {type(flow).__module__}.{type(flow).__name__}, and can take an nflows.flows.Flow, a "
+        "normflows.NormalizingFlow or a normflows.MultiscaleFlow, or a function without arguments that makes one."
     )
 
 
 def features_of(flow: Any) -> int | None:
-    """The dimension of the base distribution, where the host keeps it."""
+    """The dimension of the base distribution, where the host keeps it; of several all together."""
     base = flow._distribution if isinstance(flow, Flow) else flow.q0
-    shape = getattr(base, "_shape", None) or getattr(base, "shape", None)
-    if shape is None:
-        return None
-    size = 1
-    for number in shape:
-        size *= int(number)
-    return size
+    total = 0
+    for part in base if isinstance(base, nn.ModuleList) else [base]:
+        shape = getattr(part, "_shape", None) or getattr(part, "shape", None)
+        if shape is None:
+            return None
+        total += math.prod(int(size) for size in shape)
+    return total

@@ -101,8 +101,15 @@ def test_the_vanilla_twin_is_the_same_network_and_cannot_go_back(fabric: Fabric)
 def test_a_shape_that_cannot_be_squeezed_is_refused() -> None:
     with pytest.raises(ValueError, match="multiples of 4"):
         InvertibleClassifier((1, 6, 6), 10, SIZES["small"], 0.9)
-    with pytest.raises(ValueError, match="cannot be padded to 2"):
-        InvertibleClassifier((3, 8, 8), 10, Size(2, ((1, 4),)), 0.9)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (1, 28, 28), (3, 32, 32)])
+@pytest.mark.parametrize("size", ["smoke", "small"])
+def test_every_size_takes_the_images_of_every_data_set(size: str, shape: tuple[int, ...]) -> None:
+    """Padded, or with more channels than the size asks for."""
+    net, x = InvertibleClassifier(shape, 10, SIZES[size], 0.9), torch.rand(2, *shape)
+    assert net(x).shape == (2, 10)
+    torch.testing.assert_close(net.reconstruct(net.features(x)).x, x, atol=1e-4, rtol=0)
 
 
 def test_the_evaluation_needs_the_class() -> None:

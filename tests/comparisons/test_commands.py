@@ -346,6 +346,32 @@ def test_swap_takes_a_flow_of_the_user(command: Command, tmp_path: Path) -> None
     assert "mine:make-swapped" in (tmp_path / "out" / "report.html").read_text()
 
 
+def test_swap_takes_a_flow_of_images(command: Command, tmp_path: Path) -> None:
+    """Of normflows, whose multi-scale flow wants a class or none, and of nflows, whose noise is an image here."""
+    (tmp_path / "mine.py").write_text(
+        "import normflows as nf\n"
+        "from nflows import distributions, flows, transforms\n"
+        "from nflows.nn.nets import ConvResidualNet\n"
+        "def glow():\n"
+        "    levels = [[nf.flows.GlowBlock(4, 8), nf.flows.GlowBlock(4, 8), nf.flows.Squeeze()]]\n"
+        "    noise = [nf.distributions.DiagGaussian((4, 4, 4), False)]\n"
+        "    return nf.MultiscaleFlow(noise, levels, [], class_cond=False)\n"
+        "def single():\n"
+        "    coupling = transforms.AffineCouplingTransform([0, 1, 0, 1], lambda i, o: ConvResidualNet(i, o, 8))\n"
+        "    stack = transforms.CompositeTransform([transforms.SqueezeTransform(), coupling])\n"
+        "    return flows.Flow(stack, distributions.StandardNormal([4, 4, 4]))\n"
+    )
+    for name in ("glow", "single"):
+        line = ["swap", f"mine:{name}", "--task", "digits-image", "--steps", "3", "--out", name, "--workers", "2"]
+        output, errors = command(*line).communicate(timeout=300)
+        assert "What the swap changed" in output, output + errors
+        first, second = json.loads((tmp_path / name / "results.json").read_text())["results"]
+        assert "LipschitzConvNet" in first["swap"] + second["swap"]
+        assert abs(first["parameters"] / second["parameters"] - 1) < 0.1
+        report = (tmp_path / name / "report.html").read_text()
+        assert "digits-image-interpolations" in report
+
+
 @pytest.mark.parametrize(
     ("where", "words"), [("nothing", "MODULE:FLOW"), ("no_such:flow", "no_such"), ("math:pi", "nflows.flows.Flow")]
 )
