@@ -1,6 +1,7 @@
 """One network, both uses: log p(x) + weight * log p(y | x) (Behrmann et al. 2019, arXiv 1811.00995).
 
-The flow keeps all dimensions, so its noise is also what the head classifies.
+The flow keeps all dimensions, so its noise is also what the head classifies. Pixels are prepared as in the comparison
+of densities, and a step is ours there: ActNorm, a 1x1 convolution and a block.
 """
 
 from __future__ import annotations
@@ -10,12 +11,20 @@ from typing import Any
 import torch.nn.functional as F
 from nflows.distributions import StandardNormal
 from nflows.flows import Flow
-from nflows.transforms import ActNorm, CompositeTransform, SqueezeTransform, Transform
+from nflows.transforms import (
+    ActNorm,
+    CompositeTransform,
+    OneByOneConvolution,
+    PointwiseAffineTransform,
+    SqueezeTransform,
+    Transform,
+)
 from torch import Tensor, nn
 
 from comparisons.classification.model import ACTIVATIONS, Size, branch_bound, check_shape, labels
 from comparisons.methods import Density
 from comparisons.methods.hosts import NflowsDensity
+from comparisons.methods.multiscale import nflows_preparation
 from iresflow_plugin.adapters.nflows import ResidualTransform
 from iresflow_plugin.nets import LipschitzConvNet
 
@@ -31,7 +40,7 @@ class HybridNet(nn.Module):
     """A flow of residual blocks on images, and a head on its noise, which is no part of the flow and is free.
 
     Args:
-        shape: (channels, height, width).
+        shape: (channels, height, width) of images from -0.5 to 0.5.
         size: blocks and widths; nothing is padded, since a density has no room for dimensions without volume.
         c: bound of every layer of a branch.
         weight: of log p(y | x) beside log p(x) / D.
@@ -51,7 +60,7 @@ class HybridNet(nn.Module):
         check_shape(shape, size)
         self.weight = weight
         channels, height, width = shape
-        transforms: list[Transform] = []
+        transforms: list[Transform] = [PointwiseAffineTransform(0.5), *nflows_preparation(shape)]
         for stage, (blocks, hidden) in enumerate(size.stages):
             if stage or size.squeeze_first:
                 transforms.append(SqueezeTransform())
@@ -59,7 +68,7 @@ class HybridNet(nn.Module):
             for _ in range(blocks):
                 sizes = [channels, hidden, hidden, channels]
                 branch = LipschitzConvNet(sizes, activation=ACTIVATIONS[activation], lipschitz=branch_bound(c))
-                transforms += [ActNorm(channels), ResidualTransform(branch)]
+                transforms += [ActNorm(channels), OneByOneConvolution(channels), ResidualTransform(branch)]
         self.flow: Any = Flow(CompositeTransform(transforms), StandardNormal([channels, height, width]))
         self.head = nn.Sequential(
             nn.Conv2d(channels, HIDDEN, 3, padding=1),
