@@ -113,39 +113,47 @@ def schatten_gradient(weight: Tensor, looseness: float = LOOSENESS, margin: floa
 def largest_schatten_norm(gram: Tensor, looseness: float = LOOSENESS) -> Tensor:
     """Which of many matrices, given as their Gram matrices (m, n, n), has the largest of those norms; shape (1,).
 
-    The matrices are to be scaled so that their largest trace is of order one. On the CPU losers drop out on the way:
-    (sum sigma^p)^(1/p) falls with p, and the norm of one of the leaders is known.
+    The matrices are to be scaled so that their largest trace is of order one. On the CPU losers drop out before each
+    squaring: (sum sigma^p)^(1/p) falls with p, and no norm is below the largest singular value, known of some leaders.
     """
     tiny = torch.finfo(gram.dtype).tiny
     alive = torch.arange(len(gram), device=gram.device)
     drops = gram.device.type == "cpu" and not torch.compiler.is_compiling() and is_plain(gram)
-    squarings = _squarings(gram.shape[-1], looseness)
+    floor = gram.new_tensor(-math.inf, dtype=torch.float64)
     with full_precision(gram):
         # power = exp(-log_scale) gram^exponent
         power, log_scale, exponent = gram, torch.zeros_like(alive, dtype=torch.float64), 1
-        for step in range(squarings):
-            if step and step % 2 == 0:
-                trace = power.diagonal(dim1=-2, dim2=-1).sum(-1).real.clamp_min(tiny)
-                power, log_scale = _scaled(power, 1 / trace), log_scale + trace.log()
-            power, log_scale, exponent = power @ power, 2 * log_scale, 2 * exponent
-            if drops and 1 <= step < squarings - 1 and len(alive) > 1:
+        for step in range(_squarings(gram.shape[-1], looseness)):
+            if drops and len(alive) > 1:
                 norm = torch.linalg.vector_norm(_reals(power), dim=1).clamp_min(tiny)  # tr(A^2q) is its square
                 upper = (norm.log() + log_scale) / exponent
                 leader = upper.argmax()
-                reached = _reached(gram[leader], power[leader]).clamp_min(tiny).log() - 1e-4
-                reached = torch.minimum(reached, upper[leader])  # it stays, however its products were rounded
-                keep = (~(upper < reached)).nonzero()[:, 0]  # NaN stays
-                if len(keep) < 0.8 * len(alive):
+                floor = torch.maximum(floor, _reached(gram[leader], power[leader], squarings=0 if step else 4).log())
+                limit = torch.minimum(floor - 1e-4, upper[leader])  # it stays, however its products were rounded
+                keep = (~(upper < limit)).nonzero()[:, 0]  # NaN stays
+                if len(keep) < 0.9 * len(alive):
                     alive, gram, power, log_scale = (t[keep] for t in (alive, gram, power, log_scale))
+            if step and step % 2 == 0:
+                trace = _trace(power)
+                power, log_scale = _scaled(power, 1 / trace), log_scale + trace.log()
+            power, log_scale, exponent = power @ power, 2 * log_scale, 2 * exponent
         moment = (_reals(power) * _reals(gram)).sum(1).clamp_min(tiny)
         return alive.index_select(0, (moment.log() + log_scale).argmax().view(1))
 
 
-def _reached(gram: Tensor, power: Tensor) -> Tensor:
-    """A value below the largest eigenvalue of A, and close to it: that of the longest column of A^q."""
+def _reached(gram: Tensor, power: Tensor, squarings: int) -> Tensor:
+    """A value below the largest eigenvalue of A, and close to it: that of the longest column of A^q, squared."""
+    for _ in range(squarings):
+        power = power @ power
+        power = power / _trace(power)
     v = power[:, power.diagonal().real.argmax()]
     v = v / torch.linalg.vector_norm(v)
-    return torch.vdot(v, gram @ v).real
+    return torch.vdot(v, gram @ v).real.clamp_min(torch.finfo(gram.dtype).tiny)
+
+
+def _trace(matrices: Tensor) -> Tensor:
+    """Of each, real, and never zero."""
+    return matrices.diagonal(dim1=-2, dim2=-1).sum(-1).real.clamp_min(torch.finfo(matrices.dtype).tiny)
 
 
 def _scaled(matrices: Tensor, factors: Tensor) -> Tensor:
