@@ -64,6 +64,11 @@ def table(results: Sequence[Trained]) -> Grid:
     return Grid.of(f"Classification: {data}", COLUMNS, by_method(results))
 
 
+def origins(results: Sequence[Trained]) -> list[str]:
+    """What the numbers rest on, for each set of images, in a sentence."""
+    return sorted({f"Images of {network.data}: {network.images}." for network in results if network.images})
+
+
 def error_rate(seeds: Seeds) -> str:
     """With its two standard errors."""
     mean = 100 * float(np.mean([s.error for s in seeds]))
@@ -103,7 +108,8 @@ def sentence(network: Trained) -> str:
 def write_markdown(store: Store, results: Sequence[Trained], settings: dict[str, Any]) -> Path:
     grid, path = table(results), store.folder / "classification.md"
     origin = {"settings": settings, **together([record["run"] for record in records(store.lines)])}
-    parts = [f"# {grid.title}", NOTES, grid.markdown(), "", f"```json\n{json.dumps(origin, indent=1)}\n```"]
+    head = [f"# {grid.title}", NOTES, *[f"{origin}\n" for origin in origins(results)]]
+    parts = [*head, grid.markdown(), "", f"```json\n{json.dumps(origin, indent=1)}\n```"]
     path.write_text("\n".join(parts) + "\n")
     return path
 

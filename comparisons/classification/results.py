@@ -20,6 +20,7 @@ class Trained:
         error: share of test images with a wrong class.
         double, single: the way back in double and in single precision.
         bits_per_dimension: of a hybrid.
+        images: how many there were, and where they came from.
     """
 
     data: str
@@ -35,6 +36,7 @@ class Trained:
     double: Inversion
     single: Inversion
     bits_per_dimension: float | None = None
+    images: str = ""
 
     @property
     def binomial(self) -> float:

@@ -90,6 +90,7 @@ def classify(plan: Plan, console: Console) -> int:
         print_wide(console, [grid.rich()])
         print_lines(
             console,
+            *report.origins(results),
             f"Table:   {report.write_markdown(store, results, plan.settings)}",
             f"Picture: {report.write_picture(store, results)}",
         )
@@ -195,6 +196,7 @@ def measured(
         double=inversion(density, task.test, fabric, torch.float64),
         single=inversion(density, task.test, fabric, torch.float32),
         bits_per_dimension=bits(density, task, fabric),
+        images=task.about,
     )
 
 

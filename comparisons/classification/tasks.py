@@ -61,7 +61,8 @@ def digits() -> ImageSet:
     bunch, test = datasets.load_digits(), 300
     order = torch.randperm(len(bunch.target), generator=Generator().manual_seed(42))
     x, y = torch.from_numpy(bunch.images).to(torch.uint8)[order, None], torch.from_numpy(bunch.target).long()[order]
-    return ImageSet("digits", x[:-test], y[:-test], x[-test:], y[-test:], "scikit-learn digits 8x8, 300 test images")
+    note = f"{len(x) - test} train and {test} test images of scikit-learn"
+    return ImageSet("digits", x[:-test], y[:-test], x[-test:], y[-test:], note)
 
 
 def scaled(levels: int) -> Prepare:

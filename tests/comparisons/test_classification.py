@@ -175,7 +175,8 @@ def test_the_smoke_command(tmp_path: Path) -> None:
     assert vanilla.single.lost == 1.0 and held.single.lost == 0.0
     assert held.double.largest < 1e-5 and held.slopes.seen <= held.slopes.bound <= 0.729 + 1e-6
     assert not list((tmp_path / "checkpoints").iterdir())
-    assert "| c=0.9 |" in (tmp_path / "classification.md").read_text()
+    written = (tmp_path / "classification.md").read_text()
+    assert "| c=0.9 |" in written and "Images of digits: 1497 train and 300 test images" in written
     assert (tmp_path / "reconstructions.png").stat().st_size > 1000
     assert json.loads((tmp_path / "results.jsonl").read_text().splitlines()[0])["run"]["versions"]["torch"]
     assert CliRunner().invoke(app, [*options, "--rate", "0.5"]).exit_code == 1  # another run in the same folder
