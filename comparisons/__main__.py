@@ -337,7 +337,9 @@ def classify(
     ] = None,
     activation: Annotated[
         str | None,
-        typer.Option(help="elu, as published, or waves, the default of our nets; by default elu, of hybrids waves."),
+        typer.Option(
+            help="elu, as published, waves, the default of our nets, or maxmin; by default elu, of hybrids waves."
+        ),
     ] = None,
     seeds: Seeds = 1,
     seed: Seed = 0,

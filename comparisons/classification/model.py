@@ -23,6 +23,7 @@ from torch.nn.utils import parametrize
 from comparisons.methods import Density
 from iresflow_plugin import ResidualBlock
 from iresflow_plugin.inverse import FixedPoint, Solution
+from iresflow_plugin.lipschitz import MaxMin
 from iresflow_plugin.log_det import Omitted
 from iresflow_plugin.maps import norms
 from iresflow_plugin.nets import LipschitzConvNet
@@ -31,7 +32,8 @@ LAYERS = 3  # of a branch: 3x3, 1x1, 3x3
 VANILLA_STEPS = 100  # of the fixed point, which nothing proves to suffice
 SETTLED = 1e-5  # relative residual at which a vanilla block counts as solved
 
-ACTIVATIONS: dict[str, type[nn.Module] | None] = {"elu": nn.ELU, "waves": None}  # as published; our default
+# as published; the default of our nets; one that keeps all norms, but has no second derivative
+ACTIVATIONS: dict[str, type[nn.Module] | None] = {"elu": nn.ELU, "waves": None, "maxmin": MaxMin}
 
 
 @dataclass(frozen=True)
@@ -224,7 +226,7 @@ class InvertibleClassifier(nn.Module):
         classes: how many.
         size: padding, blocks and widths.
         c: bound of every layer of a branch, hence c^3 of the branch; None is the vanilla twin, without a constraint.
-        activation: "elu", as published, or "waves", the default of our nets.
+        activation: "elu", as published, "waves", the default of our nets, or "maxmin".
 
     >>> net = InvertibleClassifier((1, 8, 8), 10, SIZES["smoke"], c=0.9)
     >>> x = torch.rand(5, 1, 8, 8)

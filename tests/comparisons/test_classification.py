@@ -103,11 +103,12 @@ def test_a_shape_that_cannot_be_squeezed_is_refused() -> None:
         InvertibleClassifier((1, 6, 6), 10, SIZES["small"], 0.9)
 
 
+@pytest.mark.parametrize("activation", ["elu", "waves", "maxmin"])
 @pytest.mark.parametrize("shape", [(1, 8, 8), (1, 28, 28), (3, 32, 32)])
 @pytest.mark.parametrize("size", ["smoke", "small"])
-def test_every_size_takes_the_images_of_every_data_set(size: str, shape: tuple[int, ...]) -> None:
+def test_every_size_takes_the_images_of_every_data_set(size: str, shape: tuple[int, ...], activation: str) -> None:
     """Padded, or with more channels than the size asks for."""
-    net, x = InvertibleClassifier(shape, 10, SIZES[size], 0.9), torch.rand(2, *shape)
+    net, x = InvertibleClassifier(shape, 10, SIZES[size], 0.9, activation), torch.rand(2, *shape)
     assert net(x).shape == (2, 10)
     torch.testing.assert_close(net.reconstruct(net.features(x)).x, x, atol=1e-4, rtol=0)
 
@@ -239,6 +240,7 @@ def test_a_hybrid_by_the_command(tmp_path: Path) -> None:
         (["--c", "1.5"], "every layer"),
         (["--optimizer", "lion"], "adam, adamax, sgd"),
         (["--hybrid", "1", "--vanilla"], "no density"),
+        (["--hybrid", "1", "--activation", "maxmin"], "no second derivative"),
     ],
 )
 def test_a_wrong_option_is_refused(options: list[str], said: str) -> None:
