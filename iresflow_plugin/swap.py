@@ -112,7 +112,8 @@ def swap_transforms(
         match_parameters: choose the width with which the number of trainable parameters comes closest to the old one.
         hidden_features: the width if `match_parameters` is False; None is 64.
         event_shape: of the selected transforms. None reads it off the transform's attribute `features`, or off the
-            multiscale model or base distribution around it. Images change shape on the way: for them give this, or
+            multiscale model or base distribution around it. Images change shape on the way: for them pass this, or an
+            example.
         example: a batch of points, or what else `log_prob` takes, such as (images, context): a copy of the flow scores
             it, and each selected transform is replaced by one for events of the shape that it was handed.
         context_features: size of the context vector of the selected transforms, 0 for none. None looks for the size of
@@ -272,8 +273,8 @@ def _seen(flow: nn.Module, paths: Sequence[str], given: Any, example: Any) -> di
     except Exception as error:
         sizes = ", ".join(str(tuple(one.shape)) if isinstance(one, Tensor) else repr(one) for one in arguments)
         raise ValueError(
-            f"The example ({sizes}) does not pass through this {type(flow).__name__}: {error} Give example= what you "
-            "give its log_prob."
+            f"The example ({sizes}) does not pass through this {type(flow).__name__}; pass what you pass to its "
+            f"log_prob, several as a tuple. It failed with: {error}"
         ) from error
     missed = [path for path in paths if path not in seen]
     if missed:

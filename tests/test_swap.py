@@ -433,7 +433,7 @@ def test_an_example_goes_from_data_to_noise_in_both_hosts() -> None:
 
 def test_an_example_that_does_not_fit_is_refused() -> None:
     flow = image_flow()
-    with pytest.raises(ValueError, match=r"The example \(\(1, 1, 3, 3\)\) does not pass through this Flow: .*log_prob"):
+    with pytest.raises(ValueError, match=r"The example \(\(1, 1, 3, 3\)\) does not pass through this Flow; .*log_prob"):
         swap_transforms(flow, COUPLING, example=torch.randn(1, 1, 3, 3))
     with pytest.raises(ValueError, match=r"event_shape=\(4, 2, 2\) and example= both tell"):
         swap_transforms(flow, COUPLING, example=torch.randn(2, 1, 4, 4), event_shape=(4, 2, 2))
