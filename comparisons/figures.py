@@ -229,7 +229,7 @@ def reconstructions(task: str, data: Arrays, cells: Mapping[str, Arrays]) -> Fig
         figure.subplots(len(strips), squeeze=False).flat, strips, strict=True
     ):
         show(panel, sheet(images, columns=STRIP), scale)
-        panel.set(xticks=[], yticks=[])
+        panel.set(xticks=[], yticks=[], anchor="E")  # the labels need the room on the left
         panel.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=7, color=shade)
     return figure
 
