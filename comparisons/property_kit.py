@@ -224,7 +224,7 @@ def property_kit(names: list[str], out: Path, console: Console) -> int:
             report = reports[subject.name] = subject.check()
             failed = ", ".join(o.check for o in report.failures) or "all passed"
             write(out, reports)
-            progress.console.print(f"{subject.name:<40} {failed}", highlight=False, soft_wrap=True)
+            print_lines(progress.console, f"{subject.name:<40} {failed}")
     print_lines(console, f"Written: {out / FILE}")
     return 0
 

@@ -174,7 +174,7 @@ def note(outcome: Outcome[Cell], information: dict[str, Any], store: Store, fabr
     if fabric.is_global_zero:
         if not left:
             keep(outcome, store, information)
-        progress.console.print(sentence(outcome), highlight=False, soft_wrap=True)
+        print_lines(progress.console, sentence(outcome))
     return left
 
 

@@ -402,12 +402,8 @@ def test_a_context_of_images_is_an_image_or_a_vector(net, context, shown) -> Non
 
     images, contexts = torch.randn(5, 4, 2, 2), torch.randn(5, *context)
     flow = Flow(transforms.CompositeTransform([coupling(), coupling()]), StandardNormal([4, 2, 2]))
-    if not shown and net is Spread:  # a net of images says that it takes one
-        report = swap_transforms(flow, COUPLING, event_shape=(4, 2, 2), context_features=C)
-    elif shown:
-        report = swap_transforms(flow, COUPLING, example=(images, contexts))
-    else:
-        report = swap_transforms(flow, COUPLING, event_shape=(4, 2, 2))
+    told = {"event_shape": (4, 2, 2), "context_features": C if net is Spread else None}  # else its marks say: an image
+    report = swap_transforms(flow, COUPLING, **({"example": (images, contexts)} if shown else told))
     assert [row.context_features for row in report.rows] == [C, C]
     for block in (module for module in flow.modules() if isinstance(module, ResidualBlock)):
         scale_weights(block)

@@ -75,10 +75,10 @@ class Plan:
             raise ValueError("the vanilla twin has no inverse, hence no density; leave out --vanilla or --hybrid.")
         if self.size not in HYBRID_SIZES:
             raise ValueError(f"there is no hybrid of size {self.size!r}; there are: {', '.join(HYBRID_SIZES)}.")
-        if self.activation == "maxmin":
+        if not getattr(ACTIVATIONS[self.activation], "smooth", True):
             raise ValueError(
-                "maxmin has no second derivative, so that a log-det has no gradient in biases and inputs; for a hybrid "
-                "take --activation waves or elu."
+                f"{self.activation} has no second derivative, so that a log-det has no gradient in biases and inputs; "
+                "for a hybrid take --activation waves or elu."
             )
 
     @property

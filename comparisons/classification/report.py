@@ -64,7 +64,7 @@ def table(results: Sequence[Trained]) -> Grid:
     return Grid.of(f"Classification: {data}", COLUMNS, by_method(results))
 
 
-def origins(results: Sequence[Trained]) -> list[str]:
+def image_sources(results: Sequence[Trained]) -> list[str]:
     """What the numbers rest on, for each set of images, in a sentence."""
     return sorted({f"Images of {network.data}: {network.images}." for network in results if network.images})
 
@@ -108,7 +108,7 @@ def sentence(network: Trained) -> str:
 def write_markdown(store: Store, results: Sequence[Trained], settings: dict[str, Any]) -> Path:
     grid, path = table(results), store.folder / "classification.md"
     origin = {"settings": settings, **together([record["run"] for record in records(store.lines)])}
-    head = [f"# {grid.title}", NOTES, *[f"{origin}\n" for origin in origins(results)]]
+    head = [f"# {grid.title}", NOTES, *[f"{source}\n" for source in image_sources(results)]]
     parts = [*head, grid.markdown(), "", f"```json\n{json.dumps(origin, indent=1)}\n```"]
     path.write_text("\n".join(parts) + "\n")
     return path

@@ -90,7 +90,7 @@ def classify(plan: Plan, console: Console) -> int:
         print_wide(console, [grid.rich()])
         print_lines(
             console,
-            *report.origins(results),
+            *report.image_sources(results),
             f"Table:   {report.write_markdown(store, results, plan.settings)}",
             f"Picture: {report.write_picture(store, results)}",
         )
@@ -113,7 +113,7 @@ def run_trainings(plan: Plan, store: Store, console: Console) -> int:
                 training.checkpoint.unlink(missing_ok=True)
             else:
                 codes.append(PAUSED if isinstance(found, Left) else 1)
-            progress.console.print(sentence(training, found), highlight=False, soft_wrap=True)
+            print_lines(progress.console, sentence(training, found))
     return max(codes)
 
 

@@ -7,7 +7,7 @@ import importlib
 import math
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import normflows
@@ -33,18 +33,19 @@ class Made:
         own, features = features_of(flow), math.prod(event) if isinstance(event, tuple) else event
         if own is not None and own != features:
             raise ValueError(f"{self.where} is a flow of {own} features, and the task has {features}.")
-        try:
-            self.score(flow, example(event, context_features), context_features)
-        except Exception as error:
-            raise ValueError(f"{self.where} cannot score images of shape {event}: {error}") from error
+        images = example(event, context_features)
+        if images is not None:
+            try:
+                score(flow, images, context_features)
+            except Exception as error:
+                raise ValueError(f"{self.where} cannot score images of shape {event}: {error}") from error
         return flow
 
-    @staticmethod
-    @torch.no_grad()
-    def score(flow: nn.Module, images: tuple[Tensor, ...] | None, context_features: int | None) -> None:
-        """By a copy: an ActNorm initialises itself on whatever it sees first."""
-        if images is not None:
-            host_of(flow)(copy.deepcopy(flow).eval(), context_features).log_prob(*images)
+
+@torch.no_grad()
+def score(flow: nn.Module, images: tuple[Tensor, ...], context_features: int | None) -> Tensor:
+    """By a copy: an ActNorm initialises itself on whatever it sees first."""
+    return host_of(flow)(copy.deepcopy(flow).eval(), context_features).log_prob(*images)
 
 
 @dataclass(frozen=True)
@@ -78,18 +79,11 @@ def users_methods(where: str, replaced: tuple[str, ...], rate: float, swapped_ra
         own_size=True,
         images=images,
     )
-    about = f"{where}, every {Named(replaced).__name__} swapped for a residual block"
-    twin = Method(
-        f"{where}-swapped",
-        about,
-        "yours",
-        "your own",
-        Made(where),
-        host,
+    twin = replace(
+        original,
+        name=f"{where}-swapped",
+        about=f"{where}, every {Named(replaced).__name__} swapped for a residual block",
         learning_rate=swapped_rate,
-        conditional=images.conditional,
-        own_size=True,
-        images=images,
         swapped=Named(replaced),
     )
     return original, twin

@@ -97,10 +97,8 @@ def schatten_gradient(weight: Tensor, looseness: float = LOOSENESS, margin: floa
         # power = exp(-log_scale) gram^exponent, and the trace of the Gram matrix is one
         power, log_scale, exponent = unit @ unit.mH if wide else unit.mH @ unit, 0.0, 1
         for step in range(_squarings(power.shape[0], looseness)):
-            if (
-                step and step % 3 == 0
-            ):  # the largest eigenvalue is at least trace/n: three squarings cannot underflow it
-                trace = power.diagonal().sum().real.clamp_min_(tiny)
+            if step and step % 3 == 0:  # an eigenvalue is at least trace/n: three squarings cannot underflow it
+                trace = _trace(power)
                 power, log_scale = power.div_(trace), log_scale + trace.log()
             power, log_scale, exponent = power @ power, 2 * log_scale, 2 * exponent
         direction = power @ unit if wide else unit @ power
