@@ -16,7 +16,8 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -28,11 +29,11 @@ from comparisons.metrics import median_seconds
 from comparisons.speed import peak_megabytes, training_step
 from comparisons.tasks import Points
 from comparisons.training import BEYOND, EXACT_UP_TO, evaluating
-from iresflow_plugin import ResidualBlock
+from iresflow_plugin import ResidualBlock, using
 from iresflow_plugin.inverse import Anderson, FixedPoint, Newton, Solution, Solver
 from iresflow_plugin.log_det import Estimate, Exact, LogDet, Omitted, Orthogonal, PowerSeries, RussianRoulette
-from iresflow_plugin.log_det.exact import transposed_jacobian
-from iresflow_plugin.maps import Linearised, Map, norms
+from iresflow_plugin.maps import Around, Linearised, Map, jacobian_columns, transposed_jacobian
+from iresflow_plugin.torch_state import norms, per_sample
 
 DENSE_UP_TO = 64  # dimensions: beyond this the Jacobian's norm comes from power iteration
 POWER_STEPS = 100
@@ -63,18 +64,16 @@ def visit_blocks(model: nn.Module, x: Tensor, context: Tensor | None = None) -> 
     blocks = [module for module in model.modules() if isinstance(module, ResidualBlock)]
     if not blocks:
         raise ValueError(f"{type(model).__name__} holds no ResidualBlock, so there is nothing to visit.")
-    before = [block.estimator for block in blocks]
     visits: list[Visit] = []
     training = model.training
     try:
-        for block in blocks:
-            block.estimator = partial(_note, visits, block)
-        run = getattr(model.eval(), "log_prob", model)
-        run(x) if context is None else run(x, context)
+        with ExitStack() as noting:
+            for block in blocks:
+                noting.enter_context(using(block, log_det=partial(_note, visits, block)))
+            run = getattr(model.eval(), "log_prob", model)
+            run(x) if context is None else run(x, context)
     finally:
         model.train(training)
-        for block, estimator in zip(blocks, before, strict=True):
-            block.estimator = estimator
     return visits
 
 
@@ -119,7 +118,8 @@ def jacobian_norms(g: Map, x: Tensor, dense_up_to: int = DENSE_UP_TO, steps: int
     """
     at_x = g.linearise(x)
     if x.shape[1:].numel() <= dense_up_to:
-        return torch.linalg.matrix_norm(transposed_jacobian(at_x, x), ord=2)
+        columns = jacobian_columns(at_x, x, range(x.shape[1:].numel()))
+        return torch.linalg.matrix_norm(transposed_jacobian(columns), ord=2)
     v = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=x.dtype).to(x.device)
     for _ in range(steps):
         v = at_x.vjp(at_x.jvp(unit(v)))
@@ -128,47 +128,50 @@ def jacobian_norms(g: Map, x: Tensor, dense_up_to: int = DENSE_UP_TO, steps: int
 
 def unit(v: Tensor) -> Tensor:
     """Rows of length one; zero stays zero."""
-    return v / norms(v).clamp_min(torch.finfo(v.dtype).tiny).view(-1, *[1] * (v.ndim - 1))
+    return v / per_sample(norms(v).to(v.dtype).clamp_min(torch.finfo(v.dtype).tiny), v)
 
 
 # counting --------------------------------------------------------------------------------------------
 
 
-class _Counted(Map):
-    """g with a count of its evaluations and Jacobian products; for log-dets, which treat all points alike."""
+@dataclass
+class _Tally:
+    """Evaluations of all points together; one that a map shares with its rows."""
 
-    def __init__(self, g: Map) -> None:
-        self.g, self.ceiling = g, g.ceiling
-        self.evaluations = 0
+    total: int = 0
 
-    @property
-    def bound(self) -> float:
-        return self.g.bound
+    def add(self, x: Tensor, vectors: int = 1) -> None:
+        self.total += vectors * len(x)
+
+
+@dataclass(eq=False)
+class _Counted(Around):
+    """g with a count of its evaluations and Jacobian products."""
+
+    tally: _Tally = field(default_factory=_Tally)
 
     def __call__(self, x: Tensor) -> Tensor:
-        self.evaluations += 1
+        self.tally.add(x)
         return self.g(x)
 
     def linearise(self, x: Tensor) -> Linearised:
-        self.evaluations += 1
+        self.tally.add(x)
         at_x = self.g.linearise(x)
 
         def jvp(tangent: Tensor) -> Tensor:
-            self.evaluations += self._vectors(tangent, x)
+            self.tally.add(x, _vectors(tangent, x))
             return at_x.jvp(tangent)
 
         def vjp(cotangent: Tensor) -> Tensor:
-            self.evaluations += self._vectors(cotangent, x)
+            self.tally.add(x, _vectors(cotangent, x))
             return at_x.vjp(cotangent)
 
         return Linearised(at_x.value, jvp, vjp)
 
-    def rows(self, index: Tensor) -> Map:
-        raise NotImplementedError("Points that part ways need a count each: take that of a solver's Solution.")
 
-    @staticmethod
-    def _vectors(vector: Tensor, x: Tensor) -> int:
-        return vector.shape[0] if vector.ndim > x.ndim else 1
+def _vectors(vector: Tensor, x: Tensor) -> int:
+    """For every point."""
+    return vector.shape[0] if vector.ndim > x.ndim else 1
 
 
 # log-dets --------------------------------------------------------------------------------------------
@@ -260,17 +263,14 @@ def _log_det_work(visits: Sequence[Visit], family: str, estimator: LogDet, truth
         deviation=error.var(0).mean().sqrt().item(),
         rms=error.square().mean().sqrt().item(),
         terms=terms / repeats,
-        evaluations=sum(g.evaluations for g in counted) / repeats,
+        evaluations=sum(g.tally.total for g in counted) / repeats / len(truth),
         seconds=seconds / len(truth),
     )
 
 
 def exact_log_det(visit: Visit) -> Tensor:
-    """log det(I + J) in double precision from the Jacobian in the precision of the visit, shape (B,)."""
-    jacobian = transposed_jacobian(visit.g.linearise(visit.x), visit.x).double()
-    return torch.linalg.slogdet(torch.eye(jacobian.shape[-1], dtype=jacobian.dtype, device=jacobian.device) + jacobian)[
-        1
-    ]
+    """log det(I + J) in double precision, with the weights in use at the visit, shape (B,)."""
+    return Exact()(visit.g.to(torch.float64), visit.x.double()).log_det
 
 
 # inverses --------------------------------------------------------------------------------------------

@@ -339,7 +339,7 @@ def freed(density: Density) -> Density:
         parametrized = layer.parametrizations.weight
         parametrized.original.data = layer.weight.detach()
         free = Free(parametrized[0].lipschitz)
-        free.convolution = parametrized[0].convolution
+        free.spec = parametrized[0].spec
         parametrized[0] = free
     return density
 

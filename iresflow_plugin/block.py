@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from iresflow_plugin.inverse import Anderson, Solution, Solver, differentiable_solution
 from iresflow_plugin.lipschitz import Bound, contraction, lipschitz_bound
 from iresflow_plugin.log_det import BySize, Estimate, LogDet
-from iresflow_plugin.maps import Endomap, Map, autocast_dtype, full_precision
+from iresflow_plugin.maps import Endomap, Map
+from iresflow_plugin.settings import chosen, overriding
+from iresflow_plugin.torch_state import autocast_dtype, full_precision
 
 DEFAULT_LOG_DET = BySize()
 DEFAULT_INVERSE = Anderson()
@@ -45,8 +47,34 @@ class ResidualBlock(nn.Module):
         with torch.no_grad():
             contraction(branch)
         self.branch = branch
-        self.estimator: LogDet = DEFAULT_LOG_DET if log_det is None else _check_callable("log_det", log_det)
-        self.solver: Solver = DEFAULT_INVERSE if inverse is None else _check_kind("inverse", inverse, Solver)
+        self.estimator = DEFAULT_LOG_DET if log_det is None else log_det
+        self.solver = DEFAULT_INVERSE if inverse is None else inverse
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "estimator":
+            object.__setattr__(self, name, value)  # an estimator that is a module would pass the property by
+        else:
+            super().__setattr__(name, value)
+
+    @property
+    def estimator(self) -> LogDet:
+        """The log-det estimator, or the one of `using` around this call."""
+        return chosen(self, "log_det", self._log_det)
+
+    @estimator.setter
+    def estimator(self, value: LogDet) -> None:
+        self._modules.pop("_log_det", None)  # an estimator may be a module itself
+        self.__dict__.pop("_log_det", None)
+        self._log_det = _check_callable("log_det", value)
+
+    @property
+    def solver(self) -> Solver:
+        """The solver of the inverse, or the one of `using` around this call."""
+        return chosen(self, "inverse", self._inverse)
+
+    @solver.setter
+    def solver(self, value: Solver) -> None:
+        self._inverse = _check_kind("inverse", value, Solver)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """y = x + g(x) and log |det dy/dx|.
@@ -101,7 +129,9 @@ class ResidualBlock(nn.Module):
 
     def _ready(self, x: Tensor, context: Tensor | None) -> Map:
         """Check the inputs; compute weights and certificate, once for the whole call."""
-        self._check_inputs(x, context)
+        _check_kind("inputs", x, Tensor)
+        parameter = next(self.branch.parameters(), None)
+        _check_inputs(x, context, parameter.dtype if parameter is not None and autocast_dtype(x) is None else None)
         return Endomap(contraction(self.branch, context))
 
     def _ready_to_solve(self, y: Tensor, context: Tensor | None) -> tuple[Map, Tensor]:
@@ -110,36 +140,38 @@ class ResidualBlock(nn.Module):
         The weights are still those of the forward pass under autocast, whose certificate leaves room for rounding
         them: others would make another function, and its inverse would be none of that pass.
         """
-        self._check_inputs(y, context)
-        parameter = next(self.branch.parameters(), None)
-        if parameter is not None and autocast_dtype(y) is not None:
-            y, context = y.to(parameter.dtype), None if context is None else context.to(parameter.dtype)
-        return Endomap(contraction(self.branch, context)), y
+        g = self._ready(y, context)
+        if autocast_dtype(y) is None:
+            return g, y
+        parameter = next(self.branch.parameters(), None)  # a replica on another device has none
+        dtype = (g.dtype() or y.dtype) if parameter is None else parameter.dtype
+        return g.to(dtype), y.to(dtype)
 
-    def _check_inputs(self, x: Tensor, context: Tensor | None) -> None:
-        self._check("inputs", x)
-        if x.ndim < 2:
-            raise ValueError(f"inputs must have shape (batch, *event), got {tuple(x.shape)}.")
-        if context is None:
-            return
-        self._check("context", context)
-        if context.ndim < 2:
-            raise ValueError(f"context must have shape (batch, features), got {tuple(context.shape)}.")
-        if context.shape[0] not in (1, x.shape[0]):
-            raise ValueError(
-                f"context must have one row, or as many rows as inputs ({x.shape[0]}), got {context.shape[0]}."
-            )
 
-    def _check(self, name: str, x: Tensor) -> None:
-        _check_kind(name, x, Tensor)
-        if not x.is_floating_point():
-            raise TypeError(f"{name} must be a floating point tensor, got {x.dtype}.")
-        parameter = next(self.branch.parameters(), None)
-        if parameter is not None and parameter.dtype != x.dtype and autocast_dtype(x) is None:
-            raise TypeError(
-                f"{name} has dtype {x.dtype} and the branch {parameter.dtype}; convert one of them, "
-                f"for example {name}.to({parameter.dtype})."
-            )
+def _check_inputs(x: Tensor, context: Tensor | None, dtype: torch.dtype | None) -> None:
+    """Tensors of this dtype, None if it may be any, whose shapes fit."""
+    _check_floating("inputs", x, dtype)
+    if x.ndim < 2:
+        raise ValueError(f"inputs must have shape (batch, *event), got {tuple(x.shape)}.")
+    if context is None:
+        return
+    _check_floating("context", context, dtype)
+    if context.ndim < 2:
+        raise ValueError(f"context must have shape (batch, features), got {tuple(context.shape)}.")
+    if context.shape[0] not in (1, x.shape[0]):
+        raise ValueError(
+            f"context must have one row, or as many rows as inputs ({x.shape[0]}), got {context.shape[0]}."
+        )
+
+
+def _check_floating(name: str, x: Tensor, dtype: torch.dtype | None) -> None:
+    _check_kind(name, x, Tensor)
+    if not x.is_floating_point():
+        raise TypeError(f"{name} must be a floating point tensor, got {x.dtype}.")
+    if dtype is not None and dtype != x.dtype:
+        raise TypeError(
+            f"{name} has dtype {x.dtype} and the branch {dtype}; convert one of them, for example {name}.to({dtype})."
+        )
 
 
 def as_block(
@@ -155,7 +187,7 @@ def as_block(
 
 @contextmanager
 def using(model: nn.Module, log_det: LogDet | None = None, inverse: Solver | None = None) -> Iterator[None]:
-    """Within the context every residual block in `model` uses this estimator and this solver.
+    """Within the context, in this thread or task, every residual block in `model` uses this estimator and this solver.
 
     >>> from iresflow_plugin.log_det import PowerSeries
     >>> from iresflow_plugin.nets import LipschitzMLP
@@ -163,20 +195,16 @@ def using(model: nn.Module, log_det: LogDet | None = None, inverse: Solver | Non
     >>> with using(block, log_det=PowerSeries(tolerance=1e-4)):
     ...     y, log_det = block(torch.randn(5, 3))
     """
-    blocks = [module for module in model.modules() if isinstance(module, ResidualBlock)]
+    blocks: list[nn.Module] = [module for module in model.modules() if isinstance(module, ResidualBlock)]
     if not blocks:
         raise ValueError(f"{type(model).__name__} holds no ResidualBlock, so there is nothing to change.")
-    before = [(block.estimator, block.solver) for block in blocks]
-    try:
-        for block in blocks:
-            if log_det is not None:
-                block.estimator = _check_callable("log_det", log_det)
-            if inverse is not None:
-                block.solver = _check_kind("inverse", inverse, Solver)
+    settings: dict[str, Any] = {}
+    if log_det is not None:
+        settings["log_det"] = _check_callable("log_det", log_det)
+    if inverse is not None:
+        settings["inverse"] = _check_kind("inverse", inverse, Solver)
+    with overriding(blocks, settings):
         yield
-    finally:
-        for block, (estimator, solver) in zip(blocks, before, strict=True):
-            block.estimator, block.solver = estimator, solver
 
 
 def _check_kind(name: str, value: Any, kind: type) -> Any:

@@ -27,3 +27,11 @@ def path_of(module: nn.Module, root: nn.Module) -> str:
         if child is module:
             return name or "(the network itself)"
     return "(not a submodule)"
+
+
+def check_whole(name: str, value: object, least: int = 1) -> None:
+    """A whole number, and not a smaller one."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a whole number, got {value!r}.")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}.")

@@ -21,18 +21,21 @@ from iresflow_plugin.lipschitz import (
     AddContext,
     Chain,
     Concatenate,
+    LearnableConcatenate,
+    LipSwish,
     Scale,
+    SinCos,
     Sine,
     Sum,
     constrain,
 )
-from iresflow_plugin.lipschitz.activations import CONSTANTS
+from iresflow_plugin.lipschitz.torch_activations import TORCH_ACTIVATIONS
 from iresflow_plugin.nets import LipschitzMLP
 
 OURS = list(ACTIVATIONS.values())
-TORCHS = [kind for kind in CONSTANTS if kind is not nn.Identity]
+TORCHS = [kind for kind in TORCH_ACTIVATIONS if kind is not nn.Identity]
 EVERY_ACTIVATION = OURS + TORCHS
-SMOOTH_ACTIVATIONS = [k for k in OURS if k.smooth] + [k for k in TORCHS if CONSTANTS[k][1]]
+SMOOTH_ACTIVATIONS = [k for k in OURS if k.smooth] + [k for k in TORCHS if TORCH_ACTIVATIONS[k].smooth]
 
 EPS = {torch.float32: torch.finfo(torch.float32).eps, torch.float64: torch.finfo(torch.float64).eps}
 
@@ -169,20 +172,47 @@ def operator_matrix(layer: nn.Module, shape: tuple[int, ...]) -> Tensor:
 
 
 def frozen64(branch: nn.Module) -> nn.Module:
-    """A float64 copy without constraints that holds the very weights `branch` uses now.
+    """A float64 copy without constraints that holds the very numbers `branch` uses now.
 
-    (`copy.deepcopy(branch).double()` would compute its weights anew, with the margins of float64.)
+    (`copy.deepcopy(branch).double()` would compute its weights and frequencies anew, with the margins of float64.)
     """
     holder = nn.ModuleList([copy.deepcopy(branch)])
     for parent in list(holder.modules()):
         for label, child in list(parent.named_children()):
-            if isinstance(child, nn.Linear):
-                plain = nn.Linear(child.in_features, child.out_features, child.bias is not None)
-                plain.weight.data = child.weight.detach().clone()
-                if child.bias is not None:
-                    plain.bias.data = child.bias.detach().clone()
-                setattr(parent, label, plain)
+            setattr(parent, label, _frozen(child))
     return holder[0].double()
+
+
+@torch.no_grad()
+def _frozen(part: nn.Module) -> nn.Module:
+    if isinstance(part, nn.Linear):
+        plain = nn.Linear(part.in_features, part.out_features, part.bias is not None)
+        plain.weight.data = part.weight.detach().clone()
+        if part.bias is not None:
+            plain.bias.data = part.bias.detach().clone()
+        return plain
+    if isinstance(part, (Sine, SinCos)):
+        part.log_frequency.data = part.frequency.double().log()
+    if isinstance(part, LipSwish):
+        part.b.data = torch.nn.functional.softplus(part.b).double().expm1().log()
+    if isinstance(part, AddContext):
+        return AddContext(_AsItIs(part.network))
+    if isinstance(part, LearnableConcatenate):
+        scaled = [Chain(branch, Scale(e)) for branch, e in zip(part, part.eta.tolist(), strict=True)]
+        return Concatenate(*scaled, dim=part.dim)
+    return part
+
+
+class _AsItIs(nn.Module):
+    """A network of the context in its own precision: the block takes the numbers that it gives."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.hidden = [network]  # not converted with the rest
+
+    def forward(self, context: Tensor) -> Tensor:
+        network = self.hidden[0]
+        return network(context.to(next(network.parameters()).dtype)).double()
 
 
 def call(branch: nn.Module, x: Tensor, context: Tensor | None = None) -> Tensor:
@@ -257,6 +287,22 @@ def certified_by_svd(branch: nn.Module) -> float:
     return product
 
 
+def kept_entries(run: Callable[[], object], *given: Tensor) -> int:
+    """Entries that `run` leaves for a backward pass: of every storage once, and not of what was there before."""
+    before = {t.untyped_storage().data_ptr() for t in given}
+    kept: list[Tensor] = []  # alive, so that no address comes twice
+
+    def pack(t: Tensor) -> Tensor:
+        kept.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        result = run()
+    sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() // t.element_size() for t in kept}
+    assert result is not None  # and its graph, alive until here
+    return sum(size for address, size in sizes.items() if address not in before)
+
+
 def gradients(outputs: Tensor, module: nn.Module, *inputs: Tensor) -> list[Tensor]:
     """Gradients of sum(outputs) with respect to inputs and all parameters, zero where there is none."""
     wanted = [*inputs, *module.parameters()]
@@ -281,3 +327,34 @@ def assert_slope(value: Callable[[Tensor], Tensor], at: Tensor, direction: Tenso
         h = 1e-6
         slope = (value(at + h * direction) - value(at - h * direction)) / (2 * h)
     assert (grad * direction).sum().item() == pytest.approx(slope.item(), rel=1e-4, abs=tolerance)
+
+
+@torch.no_grad()
+def shift(tensors: list[Tensor], directions: list[Tensor], h: float) -> None:
+    """tensors += h directions, in place."""
+    for tensor, direction in zip(tensors, directions, strict=True):
+        tensor.add_(h * direction)
+
+
+def assert_second_derivatives(value: Callable[[], Tensor], tensors: list[Tensor], relative: float = 1e-5) -> None:
+    """Of every pair of these tensors: a slope of the gradient, by autograd, is that of central differences."""
+    directions, weights = ([torch.randn_like(t) for t in tensors] for _ in range(2))
+
+    def gradient(create_graph: bool) -> Tensor:
+        """Along the weights."""
+        found = torch.autograd.grad(value(), tensors, create_graph=create_graph, materialize_grads=True)
+        return sum((g * w).sum() for g, w in zip(found, weights, strict=True))
+
+    h, largest = 1e-5, 0.0
+    for tensor, direction, ours in zip(
+        tensors, directions, torch.autograd.grad(gradient(True), tensors, materialize_grads=True), strict=True
+    ):
+        shift([tensor], [direction], h)
+        up = gradient(False)
+        shift([tensor], [direction], -2 * h)
+        slope = ((up - gradient(False)) / (2 * h)).item()
+        shift([tensor], [direction], h)
+        found = (ours * direction).sum().item()
+        assert found == pytest.approx(slope, rel=relative, abs=1e-6), tuple(tensor.shape)
+        largest = max(largest, abs(slope))
+    assert largest > 1e-3, "nothing to be seen"

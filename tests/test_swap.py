@@ -27,6 +27,7 @@ from iresflow_plugin.log_det import Exact
 from iresflow_plugin.nets import LipschitzMLP
 from iresflow_plugin.swap import SwapReport, swap_transforms
 from iresflow_plugin.testing import scale_weights
+from tests.helpers import assert_close, jacobian
 
 COUPLING = transforms.AffineCouplingTransform
 MAF = transforms.MaskedAffineAutoregressiveTransform
@@ -62,11 +63,11 @@ def normflows_coupling(features: int = 4, width: int = 16) -> nn.Module:
 
 def normflows_model(features: int = 4) -> nf.NormalizingFlow:
     flows = [
-        normflows_coupling(features, 16),
+        normflows_coupling(features, 32),
         nf.flows.Permute(features),
         nf.flows.ActNorm(features),
         nf.flows.MaskedAffineAutoregressive(features, 12),
-        nf.flows.Composite([normflows_coupling(features, 8), nf.flows.Reverse(normflows_coupling(features, 9))]),
+        nf.flows.Composite([normflows_coupling(features, 24), nf.flows.Reverse(normflows_coupling(features, 25))]),
     ]
     return nf.NormalizingFlow(nf.distributions.DiagGaussian(features), flows)
 
@@ -104,6 +105,37 @@ def outside(flow: nn.Module, paths: list[str]) -> dict[str, Tensor]:
 def unchanged(flow: nn.Module, before: dict[str, Tensor]) -> bool:
     now = flow.state_dict()
     return all(torch.equal(now[key], value) for key, value in before.items())
+
+
+def assert_report_is_true(report: SwapReport, before: nn.Module, flow: nn.Module) -> None:
+    """Types and counts of every row are those of the modules themselves, and the flow is as large as it was."""
+    for row in report.rows:
+        old, new = before.get_submodule(row.path), flow.get_submodule(row.path)
+        assert row.old == type(old).__name__ and row.new == f"{type(new).__name__}({type(new.block.branch).__name__})"
+        assert (row.parameters_before, row.parameters_after) == (trainable(old), trainable(new))
+        assert 0.95 < row.parameters_after / row.parameters_before < 1.05
+    assert report.parameters_after - report.parameters_before == trainable(flow) - trainable(before)
+
+
+def assert_is_a_density(flow: Flow | nf.NormalizingFlow, x: Tensor) -> None:
+    """x comes back from its noise, and log_prob changes variables as the dense Jacobian says, all in float64.
+
+    The blocks' weights are pushed against their bounds first: fresh ones hardly change a volume, so errors pass.
+    """
+    x = x.double()
+    for block in (module for module in flow.double().modules() if isinstance(module, ResidualBlock)):
+        scale_weights(block)
+    flow.log_prob(x)  # what initialises itself on its first points, an ActNorm, has seen them
+    flow.eval()
+    if isinstance(flow, Flow):
+        base, to_noise, to_data = flow._distribution, flow.transform_to_noise, lambda z: flow._transform.inverse(z)[0]
+    else:
+        base, to_noise, to_data = flow.q0, flow.inverse, flow.forward
+    with torch.no_grad():  # so that the log-det of images is exact, too
+        z, actual = to_noise(x), flow.log_prob(x)
+        assert_close(to_data(z), x, 1e-12)
+        expected = base.log_prob(z) + torch.linalg.slogdet(jacobian(to_noise, x)).logabsdet
+    assert_close(actual, expected, 1e-6)  # a Composite of normflows adds its log-dets in float32
 
 
 # which transforms ------------------------------------------------------------------------------------
@@ -147,12 +179,14 @@ def test_a_predicate_sees_every_transform_and_no_parts_of_one(make, kind, paths,
     assert not any(path.startswith(f"{paths[0]}.") for path in seen)
 
 
-def test_the_root_transform_of_a_flow_can_be_swapped() -> None:
-    for select in ("_transform", transforms.CompositeTransform, transforms.Transform):
-        flow = nflows_flow()
-        assert len(swap_transforms(flow, select).rows) == 1
-        assert isinstance(flow._transform, ResidualTransform)
-        assert torch.isfinite(flow.log_prob(torch.randn(5, 4))).all()
+@pytest.mark.parametrize("select", ["_transform", transforms.CompositeTransform, transforms.Transform])
+def test_the_root_transform_of_a_flow_can_be_swapped(select) -> None:
+    flow = nflows_flow()
+    before = copy.deepcopy(flow)
+    report = swap_transforms(flow, select)
+    assert [row.path for row in report.rows] == ["_transform"] and type(flow._transform) is ResidualTransform
+    assert_report_is_true(report, before, flow)
+    assert_is_a_density(flow, torch.randn(5, 4))
 
 
 def test_the_outermost_of_nested_transforms_is_swapped_once() -> None:
@@ -184,6 +218,11 @@ def test_hosts_flow_classes_models_of_the_users_and_transforms_of_the_users() ->
             outputs, more = self.norm(outputs, context)
             return outputs, log_det + more
 
+        def inverse(self, inputs, context=None):
+            outputs, log_det = self.norm.inverse(inputs, context)
+            outputs, more = self.first.inverse(outputs, context)
+            return outputs, log_det + more
+
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -191,6 +230,7 @@ def test_hosts_flow_classes_models_of_the_users_and_transforms_of_the_users() ->
             self.other = nn.ModuleDict({"nvp": SimpleRealNVP(3, 8, 2, 1), "maf": MaskedAutoregressiveFlow(3, 8, 2, 1)})
 
     model = Model()
+    before = copy.deepcopy(model)
     report = swap_transforms(model, (COUPLING, MAF))
     assert [row.path for row in report.rows] == [
         "flow._transform.first",
@@ -199,8 +239,9 @@ def test_hosts_flow_classes_models_of_the_users_and_transforms_of_the_users() ->
         "other.maf._transform._transforms.1",
         "other.maf._transform._transforms.3",
     ]
-    assert torch.isfinite(model.flow.log_prob(torch.randn(4, 2))).all()
-    assert torch.isfinite(model.other["maf"].log_prob(torch.randn(4, 3))).all()
+    assert_report_is_true(report, before, model)
+    for flow, features in ((model.flow, 2), (model.other["nvp"], 3), (model.other["maf"], 3)):
+        assert_is_a_density(flow, torch.randn(4, features))
 
 
 def test_a_transform_in_several_places_stays_one() -> None:
@@ -443,11 +484,15 @@ def test_images_with_a_branch_for_them() -> None:
     shapes = {"_transform._transforms.0._transforms.1": (4, 2, 2), "_transform._transforms.1": (2, 2, 2)}
     for path, shape in shapes.items():
         swap_transforms(flow, path, image_branch, event_shape=shape)
-    assert flow.log_prob(torch.randn(5, 1, 4, 4)).shape == (5,)
     assert flow.sample(2).shape == (2, 1, 4, 4)
+    assert_is_a_density(flow, torch.randn(5, 1, 4, 4))
     model = nf.NormalizingFlow(nf.distributions.DiagGaussian((4, 2, 2)), [nf.flows.GlowBlock(4, 8)])
-    swap_transforms(model, nf.flows.AffineCouplingBlock, image_branch, event_shape=(4, 2, 2))  # inside the GlowBlock
-    assert torch.isfinite(model.log_prob(torch.randn(5, 4, 2, 2))).all()
+    before, path = copy.deepcopy(model), "flows.0.flows.0"  # inside the GlowBlock
+    report = swap_transforms(model, nf.flows.AffineCouplingBlock, image_branch, event_shape=(4, 2, 2))
+    assert [row.path for row in report.rows] == [path] and type(model.get_submodule(path)) is ResidualFlow
+    assert unchanged(model, outside(before, [path]))
+    assert_report_is_true(report, before, model)
+    assert_is_a_density(model, torch.randn(5, 4, 2, 2))
 
 
 @pytest.mark.parametrize(
@@ -586,23 +631,27 @@ def test_contradictory_and_bad_widths_are_refused() -> None:
 
 
 @each_host
-def test_replace_may_make_a_branch_a_block_or_a_transform(make, kind, paths, ours) -> None:
+@pytest.mark.parametrize("made", ["branch", "block", "transform"])
+def test_replace_may_make_a_branch_a_block_or_a_transform(make, kind, paths, ours, made) -> None:
     def branch(features, hidden_features, context_features):
         return LipschitzMLP([features, hidden_features, features], context_features, lipschitz=0.5)
 
-    makers = [
-        branch,
-        lambda *sizes: ResidualBlock(branch(*sizes), Exact(chunk=1), Newton()),
-        lambda *sizes: ours(branch(*sizes), inverse=Newton()),
-    ]
-    for maker in makers:
-        flow = make()
-        report = swap_transforms(flow, kind, maker, match_parameters=maker is branch)
-        blocks = [flow.get_submodule(path).block for path in paths]
-        assert all(block.certificate().value <= 0.5 for block in blocks)
-        assert maker is not branch or all(abs(row.parameters_after - row.parameters_before) < 20 for row in report.rows)
-        assert maker is branch or all(block.solver == Newton() for block in blocks)
-        assert torch.isfinite(flow.log_prob(torch.randn(3, 4))).all()
+    chosen = {"log_det": Exact(chunk=1), "inverse": Newton()}
+    maker = {
+        "branch": branch,
+        "block": lambda *sizes: ResidualBlock(branch(*sizes), **chosen),
+        "transform": lambda *sizes: ours(branch(*sizes), **chosen),
+    }[made]
+    flow = make()
+    before = copy.deepcopy(flow)
+    report = swap_transforms(flow, kind, maker)
+    assert [row.path for row in report.rows] == paths
+    assert_report_is_true(report, before, flow)
+    assert_is_a_density(flow, torch.randn(3, 4))
+    for block in (flow.get_submodule(path).block for path in paths):
+        assert block.certificate().value == pytest.approx(0.5, rel=1e-3)  # the user's; such large weights exhaust it
+        if made != "branch":
+            assert (block.estimator, block.solver) == tuple(chosen.values())
 
 
 def test_the_other_orientation_is_a_ready_transform() -> None:

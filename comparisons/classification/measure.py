@@ -19,7 +19,7 @@ from iresflow_plugin import ResidualBlock, using
 from iresflow_plugin.inverse import FixedPoint
 from iresflow_plugin.lipschitz import lipschitz_bound, lipschitz_estimate
 from iresflow_plugin.log_det import Omitted
-from iresflow_plugin.maps import norms
+from iresflow_plugin.torch_state import norms
 
 INVERTED = 100  # test images that are reconstructed
 GREY_LEVEL = 1 / 255  # of an image of unit grey range: an image that is off by more, root mean square, is lost

@@ -25,8 +25,8 @@ from iresflow_plugin import ResidualBlock
 from iresflow_plugin.inverse import FixedPoint, Solution
 from iresflow_plugin.lipschitz import MaxMin
 from iresflow_plugin.log_det import Omitted
-from iresflow_plugin.maps import norms
 from iresflow_plugin.nets import LipschitzConvNet
+from iresflow_plugin.torch_state import norms
 
 LAYERS = 3  # of a branch: 3x3, 1x1, 3x3
 VANILLA_STEPS = 100  # of the fixed point, which nothing proves to suffice

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from iresflow_plugin.inverse.loop import Memory
 from iresflow_plugin.inverse.solve import Solver
 from iresflow_plugin.maps import Map
 
@@ -20,7 +21,5 @@ class FixedPoint(Solver):
         on_failure: "raise" NotConvergedError, "warn", or "return" and leave it to `Solution.converged`.
     """
 
-    def propose(
-        self, g: Map, x: Tensor, residual: Tensor, memory: tuple[Tensor, ...]
-    ) -> tuple[Tensor | None, tuple[Tensor, ...], int]:
+    def propose(self, g: Map, x: Tensor, residual: Tensor, memory: Memory) -> tuple[Tensor | None, Memory, int]:
         return None, memory, 0

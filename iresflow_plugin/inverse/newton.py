@@ -7,8 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from iresflow_plugin.errors import check_whole
+from iresflow_plugin.inverse.loop import Memory
 from iresflow_plugin.inverse.solve import Solver
-from iresflow_plugin.maps import Linearised, Map
+from iresflow_plugin.maps import Linearised, Map, jacobian_columns, transposed_jacobian
+from iresflow_plugin.torch_state import norms
 
 
 @dataclass(frozen=True)
@@ -26,12 +29,10 @@ class Newton(Solver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.dense < 0 or self.krylov < 1:
-            raise ValueError(f"Newton needs dense >= 0 and krylov >= 1, got {self.dense} and {self.krylov}.")
+        check_whole("dense", self.dense, least=0)
+        check_whole("krylov", self.krylov)
 
-    def propose(
-        self, g: Map, x: Tensor, residual: Tensor, memory: tuple[Tensor, ...]
-    ) -> tuple[Tensor | None, tuple[Tensor, ...], int]:
+    def propose(self, g: Map, x: Tensor, residual: Tensor, memory: Memory) -> tuple[Tensor | None, Memory, int]:
         at_x = g.linearise(x)
         size = x.shape[1:].numel()
         if size <= self.dense:
@@ -41,23 +42,20 @@ class Newton(Solver):
 
 
 def _dense_step(at_x: Linearised, residual: Tensor) -> Tensor:
-    event = residual.shape[1:]
-    size = event.numel()
-    basis = torch.eye(size, dtype=residual.dtype, device=residual.device)
-    columns = at_x.jvp(basis.view(size, 1, *event)).expand(size, *residual.shape)
-    matrix = basis + columns.reshape(size, -1, size).permute(1, 2, 0)
-    right = residual.flatten(1)[..., None]
-    return torch.linalg.solve_ex(_single(matrix), _single(right))[0].to(residual.dtype).view_as(residual)
+    size = residual.shape[1:].numel()
+    jacobian = transposed_jacobian(jacobian_columns(at_x, residual, range(size))).mT
+    identity = torch.eye(size, dtype=residual.dtype, device=residual.device)
+    return torch.linalg.solve_ex(identity + jacobian, residual.flatten(1)[..., None])[0].view_as(residual)
 
 
 def gmres(at_x: Linearised, right: Tensor, steps: int) -> Tensor:
     """The d in the Krylov space of I + J and `right` that makes |right - (I + J) d| least, per sample."""
-    flat = _single(right.flatten(1))
-    tiny = torch.finfo(flat.dtype).tiny
-    basis = [flat / flat.norm(dim=1, keepdim=True).clamp_min(tiny)]
+    flat, tiny = right.flatten(1), torch.finfo(right.dtype).tiny
+    size = norms(right).to(right.dtype).clamp_min(tiny)[:, None]
+    basis = [flat / size]
     images = []
     for _ in range(steps):
-        image = basis[-1] + at_x.jvp(basis[-1].to(right.dtype).view_as(right)).flatten(1)
+        image = basis[-1] + at_x.jvp(basis[-1].view_as(right)).flatten(1)
         images.append(image)
         next_vector = image
         for vector in basis:  # modified Gram-Schmidt
@@ -69,10 +67,5 @@ def gmres(at_x: Linearised, right: Tensor, steps: int) -> Tensor:
     pivots = r.diagonal(dim1=1, dim2=2)
     fixed = torch.where(pivots.abs() > 1e3 * tiny, pivots, 1.0)
     r = r - torch.diag_embed(pivots) + torch.diag_embed(fixed)
-    coefficients = torch.linalg.solve_triangular(r, (q.mT @ flat[..., None]), upper=True)
-    return (span @ coefficients)[..., 0].to(right.dtype).view_as(right)
-
-
-def _single(x: Tensor) -> Tensor:
-    """Factorisations need at least single precision."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    coefficients = torch.linalg.solve_triangular(r, (q.mT @ (flat / size)[..., None]), upper=True)
+    return ((span @ coefficients)[..., 0] * size).view_as(right)

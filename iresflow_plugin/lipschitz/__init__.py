@@ -13,22 +13,16 @@ from iresflow_plugin.lipschitz.activations import (
 )
 from iresflow_plugin.lipschitz.certificate import (
     Bound,
-    certify,
+    certified_map,
+    check_finite,
     check_lipschitz,
     constrain,
     contraction,
     lipschitz_bound,
     lipschitz_estimate,
 )
-from iresflow_plugin.lipschitz.constraint import (
-    AlmostOrthogonal,
-    Bjorck,
-    Constraint,
-    Frobenius,
-    Spectral,
-    spectral_penalty,
-)
-from iresflow_plugin.lipschitz.convolution import Convolution, operator_norm
+from iresflow_plugin.lipschitz.constraints import AlmostOrthogonal, Bjorck, Constraint, Frobenius, Spectral
+from iresflow_plugin.lipschitz.convolution import operator_norm
 from iresflow_plugin.lipschitz.matrix import (
     frobenius_norm,
     power_iteration,
@@ -36,7 +30,10 @@ from iresflow_plugin.lipschitz.matrix import (
     schatten_norm,
     spectral_norm,
 )
-from iresflow_plugin.lipschitz.modules import AddContext, Chain, Concatenate, LearnableConcatenate, Scale, Sum
+from iresflow_plugin.lipschitz.part import Part
+from iresflow_plugin.lipschitz.parts import AddContext, Chain, Concatenate, LearnableConcatenate, Scale, Sum
+from iresflow_plugin.lipschitz.penalty import spectral_penalty
+from iresflow_plugin.maps import ConvSpec
 
 __all__ = [
     "ACTIVATIONS",
@@ -50,18 +47,20 @@ __all__ = [
     "Chain",
     "Concatenate",
     "Constraint",
-    "Convolution",
+    "ConvSpec",
     "Frobenius",
     "LearnableConcatenate",
     "LipSwish",
     "MaxMin",
+    "Part",
     "Scale",
     "SinCos",
     "Sine",
     "Spectral",
     "Sum",
     "build_activation",
-    "certify",
+    "certified_map",
+    "check_finite",
     "check_lipschitz",
     "constrain",
     "contraction",

@@ -21,72 +21,39 @@ largest of the groups' norms. Kernels of one entry: one matrix, one frequency.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import cast
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from iresflow_plugin.errors import NotContractiveError
 from iresflow_plugin.lipschitz import matrix
-from iresflow_plugin.maps import full_precision
+from iresflow_plugin.maps import ConvSpec
+from iresflow_plugin.torch_state import full_precision, single
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+def split(spec: ConvSpec, weight: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """The kernel of stride one on interleaved images, (groups, out, in, taps), and its sizes."""
+    sizes = [math.ceil(k / s) for k, s in zip(weight.shape[2:], spec.interleaved, strict=True)]
+    missing = [n * s - k for n, s, k in zip(sizes, spec.interleaved, weight.shape[2:], strict=True)]
+    if any(missing):
+        weight = F.pad(weight, [side for m in reversed(missing) for side in (0, m)])
+    out, channels = weight.shape[:2]
+    axes = [length for pair in zip(sizes, spec.interleaved, strict=True) for length in pair]
+    kernel = weight.reshape(spec.groups, out // spec.groups, channels, *axes)
+    d = len(sizes)
+    order = [0, 1, 2, *range(4, 3 + 2 * d, 2), *range(3, 3 + 2 * d, 2)]  # offsets within a stride join the channels
+    return kernel.permute(order).reshape(*kernel.shape[:2], -1, math.prod(sizes)), tuple(sizes)
 
 
-@dataclass(frozen=True)
-class Convolution:
-    """What turns a kernel of shape (c_out, c_in / groups, *sizes) into an operator, as far as its norm is concerned.
-
-    Attributes:
-        stride: per axis; ones where the interleaved images are not independent (circular padding, dilation), which
-            bounds the strided operator by the one of stride one.
-        groups: of channels.
-        gain: root of how often circular padding wider than the kernel can repeat an output.
-    """
-
-    stride: tuple[int, ...]
-    groups: int = 1
-    gain: float = 1.0
-
-    @staticmethod
-    def of(layer: nn.Module) -> Convolution:
-        """That of a layer; reads its attributes anew, since they can be edited."""
-        layer = cast(nn.Conv2d, layer)
-        if layer.padding_mode not in ("zeros", "circular"):
-            raise NotContractiveError(
-                f"padding_mode='{layer.padding_mode}' copies border pixels, which stretches images by more than the "
-                "bounds here cover; use padding_mode='zeros' or 'circular'.",
-                layer,
-            )
-        if layer.padding_mode == "zeros":
-            plain = all(d == 1 for d in layer.dilation)
-            return Convolution(layer.stride if plain else (1,) * len(layer.stride), layer.groups)
-        copies = map(_copies, layer.kernel_size, layer.dilation, padding_of(layer))
-        return Convolution((1,) * len(layer.stride), layer.groups, math.sqrt(math.prod(copies)))
-
-    def split(self, weight: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-        """The kernel of stride one on interleaved images, (groups, out, in, taps), and its sizes."""
-        sizes = [math.ceil(k / s) for k, s in zip(weight.shape[2:], self.stride, strict=True)]
-        missing = [n * s - k for n, s, k in zip(sizes, self.stride, weight.shape[2:], strict=True)]
-        if any(missing):
-            weight = F.pad(weight, [side for m in reversed(missing) for side in (0, m)])
-        out, channels = weight.shape[:2]
-        axes = [length for pair in zip(sizes, self.stride, strict=True) for length in pair]
-        kernel = weight.reshape(self.groups, out // self.groups, channels, *axes)
-        d = len(sizes)
-        order = [0, 1, 2, *range(4, 3 + 2 * d, 2), *range(3, 3 + 2 * d, 2)]  # offsets within a stride join the channels
-        return kernel.permute(order).reshape(*kernel.shape[:2], -1, math.prod(sizes)), tuple(sizes)
-
-    def join(self, kernel: Tensor, shape: torch.Size) -> Tensor:
-        """The inverse of `split`."""
-        d = len(self.stride)
-        sizes = [math.ceil(k / s) for k, s in zip(shape[2:], self.stride, strict=True)]
-        order = [0, 1, 2, *[axis for i in range(d) for axis in (3 + d + i, 3 + i)]]
-        pieces = kernel.reshape(*kernel.shape[:2], shape[1], *self.stride, *sizes).permute(order)
-        whole = pieces.reshape(*shape[:2], *[n * s for n, s in zip(sizes, self.stride, strict=True)])
-        return whole[(..., *[slice(k) for k in shape[2:]])]
+def join(spec: ConvSpec, kernel: Tensor, shape: torch.Size) -> Tensor:
+    """The inverse of `split`."""
+    d = len(spec.stride)
+    sizes = [math.ceil(k / s) for k, s in zip(shape[2:], spec.interleaved, strict=True)]
+    order = [0, 1, 2, *[axis for i in range(d) for axis in (3 + d + i, 3 + i)]]
+    pieces = kernel.reshape(*kernel.shape[:2], shape[1], *spec.interleaved, *sizes).permute(order)
+    whole = pieces.reshape(*shape[:2], *[n * s for n, s in zip(sizes, spec.interleaved, strict=True)])
+    return whole[(..., *[slice(k) for k in shape[2:]])]
 
 
 def looseness(channels: int) -> float:
@@ -113,38 +80,31 @@ def grid(sizes: tuple[int, ...], overshoot: float) -> tuple[list[int], float]:
     return points, factor
 
 
-def operator_norm(weight: Tensor, convolution: Convolution) -> Tensor:
+def operator_norm(weight: Tensor, spec: ConvSpec) -> Tensor:
     """A certified bound of the norm of the convolution on images of every size, differentiable.
 
     Raised above the true supremum over frequencies by at most `looseness` for the grid and 1 % to 4 % for the norms.
 
-    >>> box = torch.full((1, 1, 3, 3), 1 / 9)
-    >>> operator_norm(box, Convolution(stride=(1, 1)))
+    >>> layer = torch.nn.Conv2d(1, 1, 3, padding=1)
+    >>> operator_norm(torch.full((1, 1, 3, 3), 1 / 9), ConvSpec.of(layer))
     tensor(1.00...)
     """
-    if weight.dtype in (torch.float16, torch.bfloat16):
-        weight = weight.float()
-    return (schatten_gradient(weight.detach(), convolution) * weight).sum()
+    wide = single(weight)
+    gradient = partial(schatten_gradient, spec=spec)
+    return matrix.norm_of(wide, gradient(wide.detach()), gradient)
 
 
-@torch.no_grad()
-def schatten_gradient(weight: Tensor, convolution: Convolution, stored: torch.dtype | None = None) -> Tensor:
+def schatten_gradient(weight: Tensor, spec: ConvSpec, stored: torch.dtype | None = None) -> Tensor:
     """D with <D, K> the bound and D its gradient at K, rounding margins included: `matrix.schatten_gradient` at the
     frequency and in the group where it is largest, carried back to the kernel."""
-    kernel, sizes = convolution.split(weight)
+    kernel, sizes = split(spec, weight / matrix.largest_entry(weight))  # D does not depend on the scale
     channels = min(kernel.shape[1:3])
     tightness = 1.01 if channels <= 16 else matrix.LOOSENESS
     points, factor = grid(sizes, looseness(channels))
-    group = kernel.new_zeros(1, dtype=torch.long)
-    angle = torch.zeros(1, len(sizes), dtype=torch.float64, device=weight.device)
     with full_precision(weight):
-        if kernel.shape[0] * math.prod(points) > 1:
-            angles = _half_torus(points, weight)
-            best = matrix.largest_schatten_norm(_gram(kernel, sizes, angles).flatten(0, 1), tightness)
-            group, angle = best % kernel.shape[0], angles.index_select(0, best // kernel.shape[0])
+        frequency, group = _loudest(kernel.detach(), sizes, points, tightness)
         chosen = kernel.index_select(0, group)[0]
-        phase = _lattice(sizes, weight) @ angle[0]
-        cos, sin = phase.cos().to(weight.dtype), phase.sin().to(weight.dtype)
+        cos, sin = (wave.index_select(0, frequency)[0] for wave in waves(sizes, (0,) * len(sizes), points, weight))
         if max(points) > 1:
             direction = matrix.schatten_gradient(torch.complex(chosen @ cos, chosen @ sin), tightness)
             direction = direction.real[..., None] * cos + direction.imag[..., None] * sin
@@ -152,7 +112,18 @@ def schatten_gradient(weight: Tensor, convolution: Convolution, stored: torch.dt
             direction = matrix.schatten_gradient(chosen[..., 0], tightness)[..., None]
     gradient = torch.zeros_like(kernel).index_add(0, group, direction[None])
     margin = matrix.rounding_margin(chosen[..., 0], stored, taps=kernel.shape[-1])
-    return convolution.join(gradient, weight.shape).mul(factor * convolution.gain * margin)
+    return join(spec, gradient, weight.shape).mul(factor * spec.gain * margin)
+
+
+@torch.no_grad()
+def _loudest(kernel: Tensor, sizes: tuple[int, ...], points: list[int], tightness: float) -> tuple[Tensor, Tensor]:
+    """The frequency of the grid and the group where the norm is largest, shapes (1,)."""
+    groups = kernel.shape[0]
+    if groups * math.prod(points) == 1:
+        nothing = torch.zeros(1, dtype=torch.long, device=kernel.device)
+        return nothing, nothing
+    best = matrix.largest_schatten_norm(_gram(kernel, sizes, points).flatten(0, 1), tightness)
+    return best // groups, best % groups
 
 
 def gram_lags(kernel: Tensor, sizes: tuple[int, ...]) -> Tensor:
@@ -162,7 +133,7 @@ def gram_lags(kernel: Tensor, sizes: tuple[int, ...]) -> Tensor:
     groups, _, n, taps = kernel.shape
     flat = kernel.transpose(2, 3).flatten(2)
     pairs = (flat.mT @ flat).view(groups, taps, n, taps, n).permute(1, 3, 0, 2, 4).reshape(taps * taps, -1)
-    position = _lattice(sizes, kernel).long()
+    position = _lattice(sizes).to(kernel.device, torch.long)
     lag = (position[None] - position[:, None]).flatten(0, 1)  # of every pair of taps
     code = torch.zeros_like(lag[:, 0])
     for axis, k in enumerate(sizes):
@@ -171,43 +142,40 @@ def gram_lags(kernel: Tensor, sizes: tuple[int, ...]) -> Tensor:
     return pairs.new_zeros(count, pairs.shape[1]).index_add(0, code, pairs).view(count, groups, n, n)
 
 
-def _gram(kernel: Tensor, sizes: tuple[int, ...], angles: Tensor) -> Tensor:
+def _gram(kernel: Tensor, sizes: tuple[int, ...], points: list[int]) -> Tensor:
     """K(t)* K(t) for every angle and group, shape (angles, groups, n, n), up to a factor: one Fourier sum over lags."""
     unit = kernel / matrix.largest_entry(kernel)  # its squares cannot overflow
     lags = gram_lags(unit / torch.linalg.vector_norm(unit).clamp_min(torch.finfo(unit.dtype).tiny), sizes)
-    if len(angles) == 1:
+    if math.prod(points) == 1:
         return lags.sum(0, keepdim=True)
-    steps = _lattice(tuple(2 * k - 1 for k in sizes), kernel) - angles.new_tensor([k - 1 for k in sizes])
-    phase = (angles @ steps.mT).to(lags.dtype)
+    cos, sin = waves(tuple(2 * k - 1 for k in sizes), tuple(1 - k for k in sizes), points, kernel)
     flat = lags.flatten(1)
-    return torch.complex(phase.cos() @ flat, phase.sin() @ flat).view(len(angles), *lags.shape[1:])
+    return torch.complex(cos @ flat, sin @ flat).view(len(cos), *lags.shape[1:])
 
 
-def _half_torus(points: list[int], like: Tensor) -> Tensor:
-    """The grid of angles, shape (angles, d), without those that a real kernel repeats with the opposite sign."""
+def waves(sizes: tuple[int, ...], first: tuple[int, ...], points: list[int], like: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin of <j, t> for the angles t of the grid (rows) and the integer points j of a box (columns).
+
+    Of the grid without the angles that a real kernel repeats with the opposite sign. Taken in double precision on the
+    CPU, since not every device has that, and kept, unless compiled code computes with stand-ins for tensors.
+    """
+    make = _waves.__wrapped__ if torch.compiler.is_compiling() else _waves
+    return make(sizes, first, tuple(points), like.dtype, like.device)
+
+
+@lru_cache(maxsize=512)
+def _waves(
+    sizes: tuple[int, ...], first: tuple[int, ...], points: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
     halved = max(range(len(points)), key=points.__getitem__)
-    counts = [n // 2 + 1 if axis == halved else n for axis, n in enumerate(points)]
-    return _lattice(tuple(counts), like) * (2 * math.pi / torch.tensor(points, dtype=torch.float64, device=like.device))
+    counts = tuple(n // 2 + 1 if axis == halved else n for axis, n in enumerate(points))
+    with torch.inference_mode(False), torch.no_grad():
+        angles = _lattice(counts) * (2 * math.pi / torch.tensor(points, dtype=torch.float64))
+        phase = angles @ (_lattice(sizes) + torch.tensor(first, dtype=torch.float64)).mT
+        return phase.cos().to(device, dtype), phase.sin().to(device, dtype)
 
 
-def _lattice(sizes: tuple[int, ...], like: Tensor) -> Tensor:
+def _lattice(sizes: tuple[int, ...]) -> Tensor:
     """All integer points of a box, row by row, shape (prod(sizes), d)."""
-    axes = [torch.arange(n, dtype=torch.float64, device=like.device) for n in sizes]
+    axes = [torch.arange(n, dtype=torch.float64, device="cpu") for n in sizes]
     return torch.stack([axis.flatten() for axis in torch.meshgrid(axes, indexing="ij")], 1)
-
-
-def padding_of(layer: nn.Module) -> tuple[tuple[int, int], ...]:
-    """Padding in front and behind, per axis, read anew from `padding`."""
-    layer = cast(nn.Conv2d, layer)
-    if layer.padding == "same":
-        totals = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
-        return tuple((total // 2, total - total // 2) for total in totals)
-    if layer.padding == "valid":
-        return ((0, 0),) * len(layer.kernel_size)
-    return tuple((side, side) for side in cast(tuple[int, ...], layer.padding))
-
-
-def _copies(size: int, dilation: int, sides: tuple[int, int]) -> int:
-    """How often circular padding can repeat an output: an axis of n >= padding pixels has n + surplus outputs."""
-    surplus = sum(sides) - dilation * (size - 1)
-    return 1 + math.ceil(surplus / max(sides)) if surplus > 0 else 1

@@ -15,11 +15,23 @@ real matrix and not only for exact arithmetic.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from iresflow_plugin.maps import autocast_dtype, full_precision, is_plain
+from iresflow_plugin.torch_state import (
+    HALF,
+    apply,
+    autocast_dtype,
+    draw_options,
+    full_precision,
+    is_plain,
+    single,
+    uses_tf32,
+)
 
 LOOSENESS = 1.04
 
@@ -36,38 +48,31 @@ def rounding_margin(weight: Tensor, stored: torch.dtype | None = None, taps: int
         rounding = max(rounding, 4 * 2.0**-10 * math.sqrt(max(weight.shape) * taps))
     margin = 1.0 + rounding
     in_products = autocast_dtype(weight) if weight.dtype == torch.float32 else None
-    for dtype in (torch.float16, torch.bfloat16):
+    for dtype in HALF:
         if dtype in (stored, in_products):
             margin *= 1.0 + 0.51 * torch.finfo(dtype).eps * math.sqrt(min(weight.shape) * taps)
     return margin
 
 
-def uses_tf32(weight: Tensor) -> bool:
-    """Whether products with this matrix are taken in TF32, as a GPU does when it was told that it may."""
-    if weight.device.type != "cuda" or weight.dtype != torch.float32:
-        return False
-    flags = torch.backends.cuda.matmul
-    if torch.compiler.is_compiling() or not hasattr(flags, "fp32_precision"):
-        return bool(flags.allow_tf32)
-    return flags.fp32_precision == "tf32"  # the older flag cannot be read once this has been set
-
-
 def spectral_norm(weight: Tensor) -> Tensor:
     """|W|_2 by a singular value decomposition; exact up to rounding, differentiable."""
-    return torch.linalg.matrix_norm(weight, ord=2) * rounding_margin(weight)
+    wide = single(weight)
+    return torch.linalg.matrix_norm(wide, ord=2) * rounding_margin(wide)
 
 
 def frobenius_norm(weight: Tensor, stored: torch.dtype | None = None, taps: int = 1) -> Tensor:
     """|W|_2 <= |W|_F = (sum W_ij^2)^(1/2); `stored` and `taps` as for `rounding_margin`."""
-    size = largest_entry(weight)  # the squares themselves could overflow or underflow
-    return torch.linalg.vector_norm(weight / size) * size * rounding_margin(weight, stored, taps)
+    wide = single(weight)
+    size = largest_entry(wide)  # the squares themselves could overflow or underflow
+    return torch.linalg.vector_norm(wide / size) * size * rounding_margin(wide, stored, taps)
 
 
 def row_column_norm(weight: Tensor) -> Tensor:
     """|W|_2 <= (|W|_1 |W|_inf)^(1/2), the geometric mean of the largest column and row sums."""
-    rows = torch.linalg.matrix_norm(weight, ord=float("inf"))
-    columns = torch.linalg.matrix_norm(weight, ord=1)
-    return rows.sqrt() * columns.sqrt() * rounding_margin(weight)  # the product itself could overflow or underflow
+    wide = single(weight)
+    rows = torch.linalg.matrix_norm(wide, ord=float("inf"))
+    columns = torch.linalg.matrix_norm(wide, ord=1)
+    return rows.sqrt() * columns.sqrt() * rounding_margin(wide)  # the product itself could overflow or underflow
 
 
 def schatten_norm(weight: Tensor, looseness: float = LOOSENESS) -> Tensor:
@@ -79,32 +84,64 @@ def schatten_norm(weight: Tensor, looseness: float = LOOSENESS) -> Tensor:
     >>> schatten_norm(torch.tensor([[3.0, 0.0], [0.0, 0.0]])).item()
     3.000...
     """
-    return (schatten_gradient(weight.detach(), looseness) * weight).sum() * rounding_margin(weight)
+    wide = single(weight)
+    gradient = partial(schatten_gradient, looseness=looseness, margin=rounding_margin(wide))
+    return norm_of(wide, gradient(wide.detach()), gradient)
 
 
-@torch.no_grad()
 def schatten_gradient(weight: Tensor, looseness: float = LOOSENESS, margin: float = 1.0) -> Tensor:
     """The gradient D of the Schatten-p norm at W, times `margin`; |W|_p = <D, W> since a norm is homogeneous.
 
     With A = W^T W (or W W^T if that is smaller), q = 2^t and p = 2q + 2, tr(A A^q) = sum sigma^p and the gradient is
-    |W|_p^(1-p) W A^q: one product more than the norm alone, and no graph.
+    |W|_p^(1-p) W A^q: one product more than the norm alone, and no graph unless one is asked for.
     """
     wide = weight.shape[0] < weight.shape[1]
     tiny = torch.finfo(weight.dtype).tiny
     with full_precision(weight):
-        unit = weight / torch.linalg.vector_norm(weight, math.inf).clamp_min_(tiny)  # its squares cannot overflow
-        unit.div_(torch.linalg.vector_norm(unit).clamp_min_(tiny))
+        still = weight.detach()  # D does not depend on the scale
+        unit = weight / torch.linalg.vector_norm(still, math.inf).clamp_min_(tiny)  # its squares cannot overflow
+        unit = unit / torch.linalg.vector_norm(unit.detach()).clamp_min_(tiny)
         # power = exp(-log_scale) gram^exponent, and the trace of the Gram matrix is one
         power, log_scale, exponent = unit @ unit.mH if wide else unit.mH @ unit, 0.0, 1
         for step in range(_squarings(power.shape[0], looseness)):
             if step and step % 3 == 0:  # an eigenvalue is at least trace/n: three squarings cannot underflow it
-                trace = _trace(power)
-                power, log_scale = power.div_(trace), log_scale + trace.log()
+                trace = _trace(power.detach())
+                power, log_scale = power / trace, log_scale + trace.log()
             power, log_scale, exponent = power @ power, 2 * log_scale, 2 * exponent
         direction = power @ unit if wide else unit @ power
-        moment = torch.vdot(direction.flatten(), unit.flatten()).real.clamp_min_(tiny)
+        moment = torch.vdot(direction.flatten(), unit.flatten()).real.clamp_min(tiny)
         norm = ((moment.log() + log_scale) / (2 * exponent + 2)).exp()
-        return direction.mul_(norm / moment * margin)
+        return direction * (norm / moment * margin)
+
+
+def norm_of(weight: Tensor, direction: Tensor, gradient: Callable[[Tensor], Tensor]) -> Tensor:
+    """<D, W>, the norm whose gradient at W is D = gradient(W): further derivatives compute D anew, with its graph."""
+    if torch.compiler.is_compiling():  # compiled code has first derivatives alone
+        return (direction * weight).sum()
+    return apply(_Norm, weight, direction, gradient)
+
+
+class _Norm(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(weight: Tensor, direction: Tensor, gradient: Callable[[Tensor], Tensor]) -> Tensor:
+        return (direction * weight).sum()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        weight, direction, ctx.gradient = inputs
+        ctx.save_for_backward(weight, direction)
+        ctx.save_for_forward(weight)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore
+        weight, direction = ctx.saved_tensors
+        return cotangent * (ctx.gradient(weight) if torch.is_grad_enabled() else direction), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *grad_inputs: Any) -> Tensor:
+        return (ctx.gradient(ctx.saved_tensors[0]) * grad_inputs[0]).sum()
 
 
 @torch.no_grad()
@@ -117,10 +154,10 @@ def largest_schatten_norm(gram: Tensor, looseness: float = LOOSENESS) -> Tensor:
     tiny = torch.finfo(gram.dtype).tiny
     alive = torch.arange(len(gram), device=gram.device)
     drops = gram.device.type == "cpu" and not torch.compiler.is_compiling() and is_plain(gram)
-    floor = gram.new_tensor(-math.inf, dtype=torch.float64)
+    floor = gram.real.new_tensor(-math.inf)
     with full_precision(gram):
         # power = exp(-log_scale) gram^exponent
-        power, log_scale, exponent = gram, torch.zeros_like(alive, dtype=torch.float64), 1
+        power, log_scale, exponent = gram, torch.zeros(len(gram), dtype=gram.real.dtype, device=gram.device), 1
         for step in range(_squarings(gram.shape[-1], looseness)):
             if drops and len(alive) > 1:
                 norm = torch.linalg.vector_norm(_reals(power), dim=1).clamp_min(tiny)  # tr(A^2q) is its square
@@ -168,9 +205,10 @@ def _reals(matrices: Tensor) -> Tensor:
 
 def power_iteration(weight: Tensor, steps: int = 20, generator: torch.Generator | None = None) -> Tensor:
     """An ESTIMATE of |W|_2 from below, |W v| after `steps` products with W^T W. Never a certificate."""
+    weight = single(weight)
     with torch.no_grad():
         unit = weight / largest_entry(weight)
-        v = torch.randn(weight.shape[1], generator=generator, dtype=weight.dtype, device=weight.device)
+        v = torch.randn(weight.shape[1], dtype=weight.dtype, device=weight.device, **draw_options(generator))
         for _ in range(steps):
             v = torch.nn.functional.normalize(unit.mT @ (unit @ v), dim=0)
         u = torch.nn.functional.normalize(unit @ v, dim=0)

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from iresflow_plugin.errors import check_whole
+from iresflow_plugin.torch_state import draw_options
+
 
 @dataclass(frozen=True)
 class Rademacher:
@@ -15,11 +18,11 @@ class Rademacher:
     count: int = 1
 
     def __post_init__(self) -> None:
-        _check_count(self.count)
+        check_whole("count, the number of probes,", self.count)
 
     def draw(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Probes of shape (count, *x.shape)."""
-        bits = torch.randint(0, 2, (self.count, *x.shape), generator=generator, dtype=x.dtype, device=x.device)
+        bits = torch.randint(0, 2, (self.count, *x.shape), dtype=x.dtype, device=x.device, **draw_options(generator))
         return bits.mul_(2).sub_(1)
 
 
@@ -30,11 +33,11 @@ class Gaussian:
     count: int = 1
 
     def __post_init__(self) -> None:
-        _check_count(self.count)
+        check_whole("count, the number of probes,", self.count)
 
     def draw(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Probes of shape (count, *x.shape)."""
-        return torch.randn(self.count, *x.shape, generator=generator, dtype=x.dtype, device=x.device)
+        return torch.randn(self.count, *x.shape, dtype=x.dtype, device=x.device, **draw_options(generator))
 
 
 @dataclass(frozen=True)
@@ -48,15 +51,15 @@ class Orthogonal:
     count: int = 1
 
     def __post_init__(self) -> None:
-        _check_count(self.count)
+        check_whole("count, the number of probes,", self.count)
 
     def draw(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Probes of shape (count, *x.shape)."""
         size = x.shape[1:].numel()
         if self.count > size:
             raise ValueError(f"At most {size} probes can be orthogonal in {size} dimensions, got count={self.count}.")
-        dtype = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
-        normal = torch.randn(size, self.count, generator=generator, dtype=dtype, device=x.device)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        normal = torch.randn(size, self.count, dtype=dtype, device=x.device, **draw_options(generator))
         basis = torch.linalg.qr(normal)[0].mT.to(x.dtype) * size**0.5
         return basis.reshape(self.count, 1, *x.shape[1:]) * Rademacher().draw(x, generator)
 
@@ -66,11 +69,6 @@ Probes = Rademacher | Gaussian | Orthogonal
 
 def as_probes(probes: int | Probes) -> Probes:
     """A number of probes means Rademacher probes."""
-    if not isinstance(probes, (int, Rademacher, Gaussian, Orthogonal)):
+    if isinstance(probes, bool) or not isinstance(probes, (int, Rademacher, Gaussian, Orthogonal)):
         raise TypeError(f"probes must be a number, Rademacher(n), Gaussian(n) or Orthogonal(n), got {probes!r}.")
     return Rademacher(probes) if isinstance(probes, int) else probes
-
-
-def _check_count(count: int) -> None:
-    if count < 1:
-        raise ValueError(f"At least one probe is needed, got count={count}.")

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from iresflow_plugin.errors import check_whole
 from iresflow_plugin.log_det.estimate import Estimate
 from iresflow_plugin.log_det.probes import Probes, as_probes
-from iresflow_plugin.log_det.series import Weigh, Weights, estimate_series, listed, tails_of
-from iresflow_plugin.maps import Map, is_readable, norms
+from iresflow_plugin.log_det.series import Tails, Weigh, Weights, estimate_series
+from iresflow_plugin.maps import Map
+from iresflow_plugin.torch_state import draw_number, draw_options, is_readable, norms
 
 
 @dataclass(frozen=True)
@@ -63,32 +65,35 @@ class Geometric:
 
 @dataclass(frozen=True)
 class Poisson:
-    """P(N >= j) of a Poisson variable; its worst-case variance is infinite for every rate, whatever the bound."""
+    """P(N >= j) of a Poisson variable; its worst-case variance is infinite for every rate, but beyond the round-off.
+
+    So a rate is refused if a term that counts, L^j > 1e-7, may be reweighted to more than its size: where
+    L^(2 j) > P(N >= j).
+    """
 
     rate: float = 2.0
 
     def __post_init__(self) -> None:
-        if not self.rate > 0:
+        if not 0 < self.rate < math.inf:
             raise ValueError(f"rate must be positive, got {self.rate}.")
 
     def survival(self, j: int, bound: float) -> float:
-        """P(N >= j), summed from the tail so that it keeps its relative accuracy."""
-        if j == 0:
-            return 1.0
-        term = math.exp(j * math.log(self.rate) - self.rate - math.lgamma(j + 1))
-        total, i = 0.0, j
-        while term > 1e-17 * total:
-            total += term
-            i += 1
-            term *= self.rate / i
-        return min(total, 1.0)
+        """P(N >= j)."""
+        return 1.0 if j == 0 else torch.special.gammainc(_double(j), _double(self.rate)).item()
 
     def sample(self, bound: float, generator: torch.Generator | None = None) -> int:
-        """One draw of N, by inversion."""
-        u, n = _uniform(generator), 0
-        while self.survival(n + 1, bound) > u:
-            n += 1
-        return n
+        """One draw of N."""
+        count = 0 if bound == 0 else math.floor(math.log(1e-7) / math.log(bound))
+        j = torch.arange(1, count + 1, dtype=torch.float64)
+        heavy = bound ** (2 * j) > torch.special.gammainc(j, _double(self.rate))
+        if bool(heavy.any()):
+            raise ValueError(
+                f"With rate = {self.rate} and the block's bound L = {bound:.4g} the variance of the log-det may be "
+                f"huge: from its random term {int(heavy.nonzero()[0, 0]) + 1} on L^(2 j) exceeds P(N >= j). Take "
+                f"Decay() or Geometric(), or a rate near {count}."
+            )
+        rate = _double(self.rate, generator)
+        return int(draw_number(lambda: torch.poisson(rate, **draw_options(generator))))
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,7 @@ class RussianRoulette:
 
     Draws N for every probe; c_k = 1 for k <= m and 1[N >= k - m] / P(N >= k - m) beyond. The value and the gradient are
     unbiased for log det(I + J); a distribution fixed beforehand is cut short only when all that follows is below the
-    round-off of the sum. First derivatives only; `Exact` may be differentiated twice with respect to x.
+    round-off of the sum. First derivatives only; `Exact` may be differentiated to any order.
 
     Args:
         distribution: of N: `Decay()`, which spends least, `Geometric()` or `Poisson(rate)`.
@@ -112,8 +117,7 @@ class RussianRoulette:
     generator: torch.Generator | None = None
 
     def __post_init__(self) -> None:
-        if self.exact_terms < 1:
-            raise ValueError(f"exact_terms must be at least 1, got {self.exact_terms}.")
+        check_whole("exact_terms", self.exact_terms)
         if not isinstance(self.distribution, (Decay, Geometric, Poisson)):
             raise TypeError(f"distribution must be Decay(), Geometric(p) or Poisson(rate), got {self.distribution!r}.")
         as_probes(self.probes)
@@ -126,14 +130,9 @@ class RussianRoulette:
             estimate = estimate_series(g, x, v, _by_length(draws, self.exact_terms, bound))
         else:
             weights = self._weights(self.distribution, v.shape[0], bound)
-            estimate = estimate_series(g, x, v, listed(weights), tails_of(weights, bound, rest=0.0))
-        return Estimate(
-            estimate.value,
-            estimate.log_det,
-            estimate.standard_error,
-            torch.zeros_like(estimate.remainder),
-            estimate.terms,
-        )
+            tails = _tails(weights, bound)
+            estimate = estimate_series(g, x, v, lambda k, _: weights[k - 1] if k <= len(weights) else None, tails)
+        return replace(estimate, remainder=torch.zeros_like(estimate.remainder))
 
     def _weights(self, distribution: Geometric | Poisson, probes: int, bound: float) -> list[list[float]]:
         """Of all terms up to the largest N drawn."""
@@ -141,6 +140,14 @@ class RussianRoulette:
         heavier = [1 / distribution.survival(j, bound) for j in range(1, max(draws) + 1)]
         beyond = [[weight * (j <= n) for n in draws] for j, weight in enumerate(heavier, start=1)]
         return [*[[1.0]] * self.exact_terms, *beyond]
+
+
+def _tails(weights: Sequence[Sequence[float]], bound: float) -> Tails:
+    """sum_{j > k} weights[j-1] L^(j-k) / j for the heaviest probe."""
+    tails = [0.0]
+    for j in range(len(weights), 0, -1):
+        tails.append(bound * (max(weights[j - 1]) / j + tails[-1]))
+    return tails[::-1].__getitem__
 
 
 def _by_length(draws: Sequence[float], exact_terms: int, bound: float) -> Weigh:
@@ -151,7 +158,7 @@ def _by_length(draws: Sequence[float], exact_terms: int, bound: float) -> Weigh:
         j = k - exact_terms
         if j < 0 or vector.numel() == 0:
             return [1.0] if j <= 0 else None
-        longest = norms(vector.flatten(0, 1)).view(vector.shape[:2]).amax(1)  # of every probe
+        longest = _longest(vector)
         if j == 0:
             first.append(longest)
             return [1.0]
@@ -163,7 +170,17 @@ def _by_length(draws: Sequence[float], exact_terms: int, bound: float) -> Weigh:
     return weigh
 
 
+def _longest(vector: Tensor) -> Tensor:
+    """Of every probe, shape (K,), over the rows that are finite: what is NaN or infinite decides for nobody."""
+    lengths = norms(vector.flatten(0, 1)).view(vector.shape[:2])
+    return torch.where(torch.isfinite(lengths), lengths, 0.0).amax(1)
+
+
 def _uniform(generator: torch.Generator | None) -> float:
     """One number in [0, 1), drawn where the generator lives; torch's global one is on the CPU."""
     device = "cpu" if generator is None else generator.device
-    return torch.rand((), generator=generator, dtype=torch.float64, device=device).item()
+    return draw_number(lambda: torch.rand((), dtype=torch.float64, device=device, **draw_options(generator)))
+
+
+def _double(number: float, generator: torch.Generator | None = None) -> Tensor:
+    return torch.tensor(number, dtype=torch.float64, device="cpu" if generator is None else generator.device)

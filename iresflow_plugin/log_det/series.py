@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from iresflow_plugin.log_det.estimate import Estimate
+from iresflow_plugin.errors import check_whole
+from iresflow_plugin.log_det.estimate import Estimate, held_still, with_gradient_of
 from iresflow_plugin.log_det.probes import Probes, as_probes
-from iresflow_plugin.maps import Linearised, Map, inside_functorch, is_readable
+from iresflow_plugin.maps import Linearised, Map, recomputed
+from iresflow_plugin.torch_state import inside_functorch, is_readable, single
 
 Weights = Sequence[float] | Tensor  # of one term: for all probes, or for each
 Weigh = Callable[[int, Tensor], Weights | None]  # (k, (J^T)^(k-1) v) -> weights of the k-th term; None ends the series
+Tails = Callable[[int], float]  # a bound of what follows k terms, per |v| |(J^T)^k v|
 
 
 @dataclass(frozen=True)
@@ -24,8 +26,7 @@ class PowerSeries:
 
     After k terms the rest is at most |v| |(J^T)^k v| L / ((k + 1)(1 - L)) by the block's certified bound L. What the
     vectors have in fact shrunk to is never more than the a-priori L^k |v|, so this is the smaller of the two bounds;
-    with a `tolerance` the series stops by it. First derivatives only; `Exact` may be differentiated twice with respect
-    to x.
+    with a `tolerance` the series stops by it. First derivatives only; `Exact` may be differentiated to any order.
 
     Args:
         terms: fixed number of terms; or
@@ -42,8 +43,8 @@ class PowerSeries:
     def __post_init__(self) -> None:
         if (self.terms is None) == (self.tolerance is None):
             raise ValueError(f"Give either terms or tolerance, got terms={self.terms} and tolerance={self.tolerance}.")
-        if self.terms is not None and self.terms < 1:
-            raise ValueError(f"terms must be at least 1, got {self.terms}.")
+        if self.terms is not None:
+            check_whole("terms", self.terms)
         if self.tolerance is not None and not self.tolerance > 0:
             raise ValueError(f"tolerance must be a positive number of nats, got {self.tolerance}.")
         as_probes(self.probes)
@@ -51,10 +52,13 @@ class PowerSeries:
     def __call__(self, g: Map, x: Tensor) -> Estimate:
         bound = g.bound
         v = as_probes(self.probes).draw(x, self.generator)
-        terms = self.terms or terms_needed(bound, _longest(v), self.tolerance or 0.0)
-        weights = [[1.0]] * terms
-        tails = tails_of(weights, bound, rest=bound / ((terms + 1) * (1 - bound)))
-        return estimate_series(g, x, v, listed(weights), tails, self.tolerance)
+        most = self.terms or terms_needed(bound, max(1, x.shape[1:].numel()), self.tolerance or 0.0)
+
+        def weigh(k: int, vector: Tensor) -> Weights | None:
+            stops = self.tolerance is not None and is_readable(vector)  # where the remainder can be read, it ends it
+            return [1.0] if k <= most or stops else None
+
+        return estimate_series(g, x, v, weigh, lambda k: bound / ((k + 1) * (1 - bound)), self.tolerance)
 
 
 def terms_needed(bound: float, size: float, tolerance: float) -> int:
@@ -65,27 +69,18 @@ def terms_needed(bound: float, size: float, tolerance: float) -> int:
     """
     if bound == 0:
         return 1
-    n = 1
-    while size * bound ** (n + 1) / ((n + 1) * (1 - bound)) > tolerance:
-        n += 1
-    return n
-
-
-def listed(weights: Sequence[Sequence[float]]) -> Weigh:
-    """Weights that are known before the series begins."""
-    return lambda k, vector: weights[k - 1] if k <= len(weights) else None
-
-
-def tails_of(weights: Sequence[Sequence[float]], bound: float, rest: float) -> list[float]:
-    """tails[k] = sum_{j > k} weights[j-1] L^(j-k) / j for the heaviest probe, ending in `rest`."""
-    tails = [rest]
-    for j in range(len(weights), 0, -1):
-        tails.append(bound * (max(weights[j - 1]) / j + tails[-1]))
-    return tails[::-1]
+    high = 1
+    while size * bound ** (high + 1) / ((high + 1) * (1 - bound)) > tolerance:
+        high *= 2
+    low = high // 2  # too few, or none
+    while high - low > 1:
+        n = (low + high) // 2
+        low, high = (n, high) if size * bound ** (n + 1) / ((n + 1) * (1 - bound)) > tolerance else (low, n)
+    return high
 
 
 def estimate_series(
-    g: Map, x: Tensor, v: Tensor, weigh: Weigh, tails: Sequence[float] | None = None, tolerance: float | None = None
+    g: Map, x: Tensor, v: Tensor, weigh: Weigh, tails: Tails | None = None, tolerance: float | None = None
 ) -> Estimate:
     """sum_k (-1)^(k+1) c_k v^T J^k v / k with weights c_k, and the gradient of its expectation.
 
@@ -98,73 +93,73 @@ def estimate_series(
     Args:
         v: probes, shape (K, B, *event).
         weigh: c_k, one number or one per probe.
-        tails: bounds of what follows k = 0, 1, ... terms, per |v| |(J^T)^k v|; None if `weigh` alone ends the series.
+        tails: bounds what was left out; None if `weigh` alone ends the series.
         tolerance: stop as soon as what follows is below this for all samples; None stops at round-off.
     """
     sums: list[tuple[Tensor, Tensor, Tensor, int]] = []
 
-    def evaluate(x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """g(x) and v^T (dJ) w, with a graph; the series itself is summed the first time alone."""
-        at_x = g.linearise(x)
+    def evaluate(x: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        """g(x) and v^T (dJ) w; the series itself is summed the first time alone."""
+        at_x = g.holding(tensors).linearise(x)
         if not sums:
             sums.append(_sum_series(at_x, v, weigh, tails, tolerance))
-        return at_x.value, _dot(at_x.jvp(v), sums[0][1]).mean(0) if torch.is_grad_enabled() else None
+        return at_x.value, _dot(at_x.jvp(v), held_still(sums[0][1])).mean(0)
 
-    pays = x.ndim > 2 and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    if pays and not g.uses_functorch and not inside_functorch():
-        image, surrogate = checkpoint(evaluate, x, use_reentrant=False, preserve_rng_state=False)
-    else:
-        image, surrogate = evaluate(x)
-    value, _, remainder, terms = sums[0]
-    count = v.shape[0]
-    error = value.std(0) / count**0.5 if count > 1 else torch.full_like(value[0], math.nan)
-    log_det = value.mean(0)
-    if surrogate is not None:
-        log_det = log_det + (surrogate - surrogate.detach())
-    return Estimate(image, log_det.to(v.dtype), error, remainder.mean(0), terms)
+    if not torch.is_grad_enabled() and not inside_functorch():
+        at_x = g.linearise(x)
+        return _estimate(at_x.value, *_sum_series(at_x, v, weigh, tails, tolerance), v.dtype)
+    pays = x.ndim > 2 and not torch.compiler.is_compiling() and not inside_functorch()
+    image, surrogate = recomputed(evaluate, x, *g.tensors()) if pays else evaluate(x, *g.tensors())
+    estimate = _estimate(image, *sums[0], v.dtype)
+    return replace(estimate, log_det=with_gradient_of(surrogate.to(v.dtype), estimate.log_det, g, x))
+
+
+def _estimate(image: Tensor, value: Tensor, w: Tensor, remainder: Tensor, terms: int, dtype: torch.dtype) -> Estimate:
+    count = len(value)
+    known = count > 1 and len(image)
+    error = value.std(0) / count**0.5 if known else torch.full_like(value[0], math.nan)
+    return Estimate(image, value.mean(0).to(dtype), error, remainder.mean(0), terms)
 
 
 @torch.no_grad()
 def _sum_series(
-    at_x: Linearised, v: Tensor, weigh: Weigh, tails: Sequence[float] | None, tolerance: float | None
+    at_x: Linearised, v: Tensor, weigh: Weigh, tails: Tails | None, tolerance: float | None
 ) -> tuple[Tensor, Tensor, Tensor, int]:
     """The series per probe and sample, the Neumann vector w, the bound of what was left out, the terms used."""
     length = _dot(v, v).sqrt()
     round_off = (torch.finfo(length.dtype).eps * length**2).mean(0)
     enough = round_off if tolerance is None else torch.full_like(round_off, tolerance)
-    w = torch.zeros_like(at_x.value, dtype=v.dtype).expand_as(v).clone()  # under vmap many, as g is, where v is one
-    value, vector, remainder = _dot(w, w), v, length**2 * (tails[0] if tails else 0.0)
+    w = torch.zeros_like(v)
+    value, vector, remainder = _dot(w, w), v, length**2 * (tails(0) if tails else 0.0)
     k = 0
     look_every = 1 if v.device.type == "cpu" else 4  # a look makes the host wait for the device
     while (weight := weigh(k + 1, vector)) is not None:
         k += 1
         sign = 1.0 if k % 2 else -1.0
-        _add(w, vector, weight, sign)
+        w = w + _weighted(vector, weight, sign)
         vector = at_x.vjp(vector)
-        _add(value, _dot(vector, v), weight, sign / k)
+        value = value + _weighted(_dot(vector, v), weight, sign / k)
         if tails is None:
             continue
-        remainder = length * _dot(vector, vector).sqrt() * tails[k]
-        if k % look_every == 0 and is_readable(remainder) and bool((remainder.mean(0) <= enough).all()):
+        remainder = length * _dot(vector, vector).sqrt() * tails(k)
+        if k % look_every == 0 and is_readable(remainder) and not bool(_too_large(remainder.mean(0), enough).any()):
             break
     return value, w, remainder, k
 
 
-def _add(total: Tensor, term: Tensor, weight: Weights, factor: float) -> None:
-    """total += factor weight term, in place, with a weight of its own for every probe if there are several."""
+def _too_large(remainder: Tensor, enough: Tensor) -> Tensor:
+    """Where more terms are needed: not for rows that are NaN or infinite, which they cannot help."""
+    return (remainder > enough) & torch.isfinite(remainder)
+
+
+def _weighted(term: Tensor, weight: Weights, factor: float) -> Tensor:
+    """factor weight term, with a weight of its own for every probe if there are several."""
     if not isinstance(weight, Tensor) and len(weight) == 1:
-        total.add_(term, alpha=factor * weight[0])
-    else:
-        each = torch.as_tensor(weight, dtype=term.dtype, device=term.device)
-        total.add_(term * each.view(-1, *[1] * (term.ndim - 1)), alpha=factor)  # addcmul_ has no rule for vmap
-
-
-def _longest(v: Tensor) -> float:
-    """The largest |v|^2 of a sample, averaged over its probes: D unless they are Gaussian."""
-    return max(1.0, float(_dot(v, v).mean(0).max())) if v.numel() else 1.0
+        return term * (factor * weight[0])
+    each = torch.as_tensor(weight, dtype=term.dtype, device=term.device)
+    return term * (factor * each.view(-1, *[1] * (term.ndim - 1)))
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     """Inner products over the event, shape (K, B), accumulated in at least single precision."""
-    dtype = torch.float32 if a.dtype in (torch.float16, torch.bfloat16) else a.dtype
-    return (a.to(dtype) * b.to(dtype)).flatten(2).sum(2)
+    return (single(a) * single(b)).flatten(2).sum(2)

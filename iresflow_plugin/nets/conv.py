@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Literal
 
-from torch import Tensor, nn
+from torch import nn
 
-from iresflow_plugin.lipschitz import AddContext, Chain, Constraint, Spectral, build_activation, constrain
-from iresflow_plugin.nets.mlp import waves
+from iresflow_plugin.lipschitz import Chain, Constraint, Spectral, constrain
+from iresflow_plugin.nets.layers import MakeActivation, check_context, check_sizes, hidden_layer, image_entry, waves
 
 Padding = Literal["zeros", "circular"]
-
-
-class PerChannel(nn.Linear):
-    """A vector of context, (B, F), to one number per channel, (B, C, 1, 1)."""
-
-    def forward(self, input: Tensor) -> Tensor:  # named as in nn.Linear
-        return super().forward(input)[..., None, None]
 
 
 class LipschitzConvNet(Chain):
@@ -52,16 +45,13 @@ class LipschitzConvNet(Chain):
         kernels: Sequence[int] | None = None,
         context_features: int | None = None,
         context_channels: int | None = None,
-        activation: nn.Module | Callable[..., nn.Module] | None = None,
+        activation: MakeActivation | None = None,
         lipschitz: float = 0.97,
         constraint: type[Constraint] = Spectral,
         padding_mode: Padding = "zeros",
     ) -> None:
         super().__init__()
-        if len(channels) < 2 or any(not isinstance(n, int) or n < 1 for n in channels):
-            raise ValueError(
-                f"channels must be at least two positive numbers, such as [3, 64, 64, 3], got {channels!r}."
-            )
+        check_sizes("channels", channels, 2, "[3, 64, 64, 3]")
         kernels = usual_kernels(len(channels) - 1) if kernels is None else kernels
         if len(kernels) != len(channels) - 1 or any(not isinstance(k, int) or k < 1 or k % 2 == 0 for k in kernels):
             raise ValueError(
@@ -69,17 +59,12 @@ class LipschitzConvNet(Chain):
                 f"got {kernels!r}."
             )
         check_context(context_features, context_channels, hidden=len(channels) - 2)
-        if activation is None:
-            activation = waves(channels[0], channels[1])
-        width = channels[0]
+        activation = waves(channels[0], channels[1]) if activation is None else activation
+        width, entry = channels[0], partial(image_entry, context_features, context_channels)
         for size, kernel in zip(channels[1:-1], kernels[:-1], strict=True):
-            act = build_activation(activation, size, spatial_dims=2)
-            expansion = getattr(act, "expansion", 1)
-            units = math.ceil(size / expansion)
-            self.append(convolution(width, units, kernel, padding_mode))
-            self.extend(context_entry(context_features, context_channels, units))
-            self.append(act)
-            width = units * expansion
+            layer = partial(convolution, kernel=kernel, padding_mode=padding_mode)
+            modules, width = hidden_layer(layer, width, size, activation, entry, spatial_dims=2)
+            self.extend(modules)
         self.append(convolution(width, channels[-1], kernels[-1], padding_mode))
         constrain(self, lipschitz, constraint)
 
@@ -96,26 +81,3 @@ def usual_kernels(layers: int) -> list[int]:
 def convolution(channels: int, units: int, kernel: int, padding_mode: Padding = "zeros") -> nn.Conv2d:
     """One that keeps the size of the image."""
     return nn.Conv2d(channels, units, kernel, padding=kernel // 2, padding_mode=padding_mode)
-
-
-def context_entry(features: int | None, channels: int | None, units: int) -> list[AddContext]:
-    """The entry of a context vector or a context image into a hidden layer of so many channels, if there is one."""
-    if features is not None:
-        return [AddContext(PerChannel(features, units, bias=False))]
-    if channels is not None:
-        return [AddContext(nn.Conv2d(channels, units, 3, padding=1, bias=False))]
-    return []
-
-
-def check_context(features: int | None, channels: int | None, hidden: int) -> None:
-    """A vector or an image, and a hidden layer for it to enter."""
-    for name, size in {"context_features": features, "context_channels": channels}.items():
-        if size is not None and size < 1:
-            raise ValueError(f"{name} must be None or positive, got {size}.")
-    if features is not None and channels is not None:
-        raise ValueError(
-            f"A context is a vector or an image, got context_features={features} and context_channels={channels}; "
-            "to use both, spread the vector over the image."
-        )
-    if hidden < 1 and (features is not None or channels is not None):
-        raise ValueError("A context enters hidden layers, and this net has none.")

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 
 from torch import nn
 
-from iresflow_plugin.lipschitz import (
-    AddContext,
-    Chain,
-    Constraint,
-    LearnableConcatenate,
-    Spectral,
-    build_activation,
-    constrain,
+from iresflow_plugin.errors import check_whole
+from iresflow_plugin.lipschitz import Chain, Constraint, LearnableConcatenate, Spectral, constrain
+from iresflow_plugin.nets.conv import convolution
+from iresflow_plugin.nets.layers import (
+    MakeActivation,
+    check_context,
+    check_kernel,
+    check_sizes,
+    hidden_layer,
+    image_entry,
+    vector_entry,
+    waves,
 )
-from iresflow_plugin.nets.conv import check_context, context_entry, convolution
-from iresflow_plugin.nets.mlp import waves
 
 
 class LipschitzDenseNet(Chain):
@@ -53,35 +55,28 @@ class LipschitzDenseNet(Chain):
         kernel: int | None = None,
         context_features: int | None = None,
         context_channels: int | None = None,
-        activation: nn.Module | Callable[..., nn.Module] | None = None,
+        activation: MakeActivation | None = None,
         lipschitz: float = 0.97,
         constraint: type[Constraint] = Spectral,
     ) -> None:
         super().__init__()
-        if not isinstance(features, int) or features < 1:
-            raise ValueError(f"features must be a positive number, got {features!r}.")
-        if not isinstance(growth, Sequence) or any(not isinstance(n, int) or n < 1 for n in growth) or not growth:
-            raise ValueError(f"growth must be at least one positive number, such as [64, 64], got {growth!r}.")
-        if kernel is not None and (not isinstance(kernel, int) or kernel < 1 or kernel % 2 == 0):
-            raise ValueError(f"kernel must be an odd size, or None for vectors, got {kernel!r}.")
-        if kernel is None and context_channels is not None:
+        check_whole("features", features)
+        check_sizes("growth", growth, 1, "[64, 64]")
+        if kernel is not None:
+            check_kernel(kernel)
+        elif context_channels is not None:
             raise ValueError(f"context_channels={context_channels} needs images: give kernel=3, or context_features.")
         check_context(context_features, context_channels, hidden=len(growth))
-        if activation is None:
-            activation = waves(features, growth[0])
+        activation = waves(features, growth[0]) if activation is None else activation
         dims, width = (0 if kernel is None else 2), features
+        if kernel is None:
+            layer, last, entry = nn.Linear, nn.Linear, partial(vector_entry, context_features)
+        else:
+            layer, last = partial(convolution, kernel=kernel), partial(convolution, kernel=1)
+            entry = partial(image_entry, context_features, context_channels)
         for size in growth:
-            act = build_activation(activation, size, spatial_dims=dims)
-            expansion = getattr(act, "expansion", 1)
-            units = math.ceil(size / expansion)
-            if kernel is None:
-                layer: nn.Module = nn.Linear(width, units)
-                free = nn.Linear(context_features, units, bias=False) if context_features is not None else None
-                entry = [AddContext(free)] if free is not None else []
-            else:
-                layer = convolution(width, units, kernel)
-                entry = context_entry(context_features, context_channels, units)
-            self.append(LearnableConcatenate(Chain(), Chain(layer, *entry, act), dim=-1 - dims))
-            width += units * expansion
-        self.append(nn.Linear(width, features) if kernel is None else convolution(width, features, 1))
+            modules, added = hidden_layer(layer, width, size, activation, entry, dims)
+            self.append(LearnableConcatenate(Chain(), Chain(*modules), dim=-1 - dims))
+            width += added
+        self.append(last(width, features))
         constrain(self, lipschitz, constraint)

@@ -2,35 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 from torch import nn
 
-from iresflow_plugin.lipschitz import (
-    AddContext,
-    Chain,
-    Constraint,
-    SinCos,
-    Spectral,
-    build_activation,
-    constrain,
-)
-
-# Frequencies in radians per unit of x, for data of unit variance; a compromise of checkerboard, gas turbine and MAGIC:
-# higher ones draw sharper edges, and learn a small data set by heart.
-LOWEST, HIGHEST = 1.0, 12.0
-
-
-def waves(inputs: int, hidden: int) -> Callable[..., nn.Module]:
-    """`SinCos` with frequencies between `LOWEST` and `HIGHEST` as the data sees them.
-
-    A first layer of spectral norm one with more units than inputs has rows of length sqrt(inputs / units), so that a
-    unit sees the data shrunk by that factor; its frequencies are stretched by as much.
-    """
-    stretch = max(1.0, hidden / 2 / inputs) ** 0.5
-    return partial(SinCos, low=LOWEST * stretch, high=HIGHEST * stretch)
+from iresflow_plugin.lipschitz import Chain, Constraint, Spectral, constrain
+from iresflow_plugin.nets.layers import MakeActivation, check_context, check_sizes, hidden_layer, vector_entry, waves
 
 
 class LipschitzMLP(Chain):
@@ -56,28 +34,22 @@ class LipschitzMLP(Chain):
         self,
         layers: Sequence[int],
         context_features: int | None = None,
-        activation: nn.Module | Callable[..., nn.Module] | None = None,
+        activation: MakeActivation | None = None,
         lipschitz: float = 0.97,
         constraint: type[Constraint] = Spectral,
     ) -> None:
         super().__init__()
-        if len(layers) < 2 or any(not isinstance(n, int) or n < 1 for n in layers):
-            raise ValueError(f"layers must be at least two positive sizes, such as [2, 64, 64, 2], got {layers!r}.")
-        if context_features is not None and context_features < 1:
-            raise ValueError(f"context_features must be None or positive, got {context_features}.")
-        if context_features is not None and len(layers) < 3:
-            raise ValueError(f"A context enters hidden layers, and layers={layers!r} has none.")
-        if activation is None:
-            activation = waves(layers[0], layers[1])
-        width = layers[0]
+        check_sizes("layers", layers, 2, "[2, 64, 64, 2]" if not isinstance(layers, int) else _guess(layers))
+        check_context(context_features, None, hidden=len(layers) - 2)
+        activation = waves(layers[0], layers[1]) if activation is None else activation
+        width, entry = layers[0], partial(vector_entry, context_features)
         for size in layers[1:-1]:
-            act = build_activation(activation, size)
-            expansion = getattr(act, "expansion", 1)
-            units = math.ceil(size / expansion)
-            self.append(nn.Linear(width, units))
-            if context_features is not None:
-                self.append(AddContext(nn.Linear(context_features, units, bias=False)))
-            self.append(act)
-            width = units * expansion
+            modules, width = hidden_layer(nn.Linear, width, size, activation, entry)
+            self.extend(modules)
         self.append(nn.Linear(width, layers[-1]))
         constrain(self, lipschitz, constraint)
+
+
+def _guess(size: int) -> str:
+    """What somebody meant who wrote LipschitzMLP(8, 64, 8)."""
+    return f"[{size}, 64, {size}]"

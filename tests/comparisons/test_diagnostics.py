@@ -21,9 +21,9 @@ from comparisons.diagnostics import (
     visit_blocks,
 )
 from comparisons.methods import METHODS, Density, build
-from iresflow_plugin import ResidualBlock
+from iresflow_plugin import ResidualBlock, using
 from iresflow_plugin.inverse import FixedPoint
-from iresflow_plugin.log_det import Exact, Orthogonal, PowerSeries, Rademacher, RussianRoulette
+from iresflow_plugin.log_det import BySize, Exact, Orthogonal, PowerSeries, Rademacher, RussianRoulette
 from tests import helpers
 
 D = 4
@@ -56,6 +56,14 @@ def test_visits_follow_the_data_through_either_host(name: str) -> None:
         ends = [x, *(visit.x + visit.g(visit.x) for visit in visits)]
         assert all(torch.allclose(visit.x, end) for visit, end in zip(visits, ends, strict=False))
         assert torch.allclose(ends[-1], density.to_noise(x))
+
+
+def test_visits_do_not_mind_a_setting_around_them() -> None:
+    block = ResidualBlock(helpers.scaled_mlp(D))
+    with using(block, log_det=PowerSeries(terms=3)):
+        (visit,) = visit_blocks(block, torch.randn(5, D, dtype=torch.float64))
+        assert isinstance(block.estimator, PowerSeries)
+    assert visit.block is block and block.estimator == BySize()
 
 
 def test_a_model_without_blocks_is_refused() -> None:
@@ -120,6 +128,14 @@ def test_exact_and_roulette_have_no_bias(visits: list[Visit]) -> None:
     assert roulette.bias_error < 0.1 and roulette.rms > 0.05 and roulette.seconds > 0
 
 
+def test_evaluations_are_counted_for_every_point_where_rows_part_ways(
+    visits: list[Visit], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("iresflow_plugin.log_det.exact.CHUNK_ENTRIES", 8 * D * D)  # rows of one Jacobian: 8 of the 50
+    (work,) = log_det_work(visits, {"": [Exact()]}, repeats=2)
+    assert work.evaluations == 1 + D and work.rms < 1e-12
+
+
 def test_work_is_the_same_twice_and_leaves_the_seed_alone(visits: list[Visit]) -> None:
     state = torch.get_rng_state()
     first, second = (log_det_work(visits, {"": [RussianRoulette()]}, repeats=3)[0] for _ in range(2))
@@ -141,12 +157,13 @@ def test_errors_of_inverses_stay_below_the_certified_ones(visits: list[Visit]) -
     assert [row.name for row in work] == 2 * ["fixed point", "Anderson", "Newton"]
     assert all(0 < row.error <= row.certified <= row.tolerance and row.converged == 1 for row in work if row.tolerance)
     plain, _, newton = work[3:]
-    # J is a rotation times a number: every step multiplies the residual by it, until |r| = (1 - L) tolerance.
+    # J is a rotation times a number: every step multiplies the residual by it, until |r| = (1 - L) tolerance. One more
+    # evaluation proves the error.
     rate = jacobian_norms(visits[0].g, visits[0].x).max().item()
     first = visits[0].g(visits[0].x + visits[0].g(visits[0].x)).norm(dim=1)
-    steps = 1 + torch.ceil(torch.log(first / (1 - visits[0].g.bound) / 1e-8) / math.log(1 / rate))
+    steps = 2 + torch.ceil(torch.log(first / (1 - visits[0].g.bound) / 1e-8) / math.log(1 / rate))
     assert plain.evaluations == pytest.approx(steps.mean().item(), abs=0.1)
-    assert newton.evaluations <= 3 + D  # a linear g: one step, and a look at what it brought
+    assert newton.evaluations <= 4 + D  # a linear g: one step, a look at what it brought, and the proof
 
 
 def test_an_inverse_that_fails_is_a_row_and_not_an_error(visits: list[Visit]) -> None:

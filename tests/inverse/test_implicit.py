@@ -1,10 +1,13 @@
-"""Gradients of the inverse: for y, parameters and context, against dense formulas, without unrolling."""
+"""Derivatives of the inverse to any order: for y, parameters and context, against dense formulas and differences."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.func import functional_call, hessian, jacfwd, jacrev, jvp, vmap
 
 from iresflow_plugin import ResidualBlock
 from iresflow_plugin.inverse import Anderson, FixedPoint, Newton, Solver
@@ -13,6 +16,7 @@ from tests.helpers import (
     SMOOTH_ACTIVATIONS,
     align,
     assert_close,
+    assert_second_derivatives,
     call,
     gentle_sine,
     gradients,
@@ -22,6 +26,7 @@ from tests.helpers import (
     log_det,
     name,
     scaled_mlp,
+    shift,
 )
 
 SOLVERS = [FixedPoint(), Anderson(), Newton(), Newton(dense=0)]
@@ -128,7 +133,7 @@ def test_d12_the_log_det_of_the_inverse_is_minus_the_forwards_at_the_solution(es
 
 @every_solver
 def test_the_solver_is_not_unrolled(solver):
-    """Entries kept for backward do not depend on how many evaluations the solve took (HOSTS.md, rule 5)."""
+    """Entries kept for backward do not depend on how many evaluations the solve took."""
     net, y, context = setting()
 
     def kept(tolerance: float) -> tuple[int, int]:
@@ -178,7 +183,7 @@ def test_hard_gradients_at_the_bound():
 
 
 def test_frozen_parameters_still_pass_gradients_to_inputs():
-    """HOSTS.md, rule 4: normflows' reverse_kld freezes every parameter, runs the flow, and unfreezes."""
+    """normflows' reverse_kld freezes every parameter, runs the flow, and unfreezes."""
     net, y, context = setting()
     net.requires_grad_(False)
     x, back = ResidualBlock(net, Exact()).inverse(y, context)
@@ -217,12 +222,168 @@ def test_backward_twice_and_in_pieces():
     assert_close(first + second, one, 1e-10)
 
 
-def test_double_backward_is_refused_not_wrong():
+# ----------------------------------------------------------------------------------------------- second derivatives
+
+
+@every_solver
+def test_second_derivatives_of_the_solution(solver):
+    """For y, context and every parameter, and mixed ones."""
     net, y, context = setting()
-    x, _ = ResidualBlock(net, Omitted()).inverse(y, context)
-    (grad,) = torch.autograd.grad(x.square().sum(), y, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"once_differentiable|twice"):
-        grad.square().sum().backward()
+    block = ResidualBlock(net, Omitted(), solver)
+    tensors = [y, context, *net.parameters()]
+    assert_second_derivatives(lambda: block.inverse(y, context)[0].sin().sum(), tensors)
+    assert_second_derivatives(lambda: block.preimage(y, context).square().sum(), tensors)
+
+
+@pytest.mark.parametrize("activation", SMOOTH_ACTIVATIONS, ids=name)
+def test_second_derivatives_of_both_outputs(activation):
+    net, y, context = setting(activation=activation)
+    block = ResidualBlock(net, Exact())
+
+    def loss() -> Tensor:
+        x, back = block.inverse(y, context)
+        return (x.square().sum(1) * back).sum()
+
+    assert_second_derivatives(loss, [y, context, *net.parameters()], 1e-4)
+
+
+def test_a_penalty_on_the_slope_of_an_inverse_trains():
+    """As a user has it: the gradient of |dx/dy|^2 in the weights, the second derivative in one backward pass."""
+    net, y, context = setting()
+    block = ResidualBlock(net, Omitted())
+    weights = list(net.parameters())
+
+    def penalty(create_graph: bool) -> Tensor:
+        x = block.inverse(y, context)[0]
+        return torch.autograd.grad(x.sum(), y, create_graph=create_graph)[0].square().sum()
+
+    found = torch.autograd.grad(penalty(create_graph=True), weights, materialize_grads=True)
+    directions = [torch.randn_like(w) for w in weights]
+    shift(weights, directions, 1e-5)
+    up = penalty(create_graph=False)
+    shift(weights, directions, -2e-5)
+    down = penalty(create_graph=False)
+    slope = sum((g * d).sum().item() for g, d in zip(found, directions, strict=True))
+    assert slope == pytest.approx((up - down).item() / 2e-5, rel=1e-5) and abs(slope) > 1e-2
+
+
+def test_third_derivatives_of_the_solution():
+    """Against those of the inverse function: x''' (y) of a map of one dimension by its chain rule."""
+    net, y, context = setting(size=1)
+    block = ResidualBlock(net, Omitted())
+
+    def derivatives(f: Callable[[Tensor], Tensor], at: Tensor) -> list[Tensor]:
+        values = [f(at)]
+        for _ in range(3):
+            values.append(torch.autograd.grad(values[-1].sum(), at, create_graph=True)[0])
+        return values
+
+    x, x1, x2, x3 = derivatives(lambda y: block.inverse(y, context)[0], y)
+    _, f1, f2, f3 = derivatives(lambda x: x + net(x, context), x.detach().requires_grad_())
+    assert_close(x1, 1 / f1, 1e-10)
+    assert_close(x2, -f2 / f1**3, 1e-9)
+    assert_close(x3, (3 * f2**2 - f1 * f3) / f1**5, 1e-8)
+
+
+# -------------------------------------------------------------------------------- forward mode, torch.func, ensembles
+
+
+def implicit_jacobian(net: nn.Module, x: Tensor, context: Tensor) -> Tensor:
+    """dx/dy of every sample."""
+    jac = jacobian(net, x, context)
+    return torch.linalg.inv(torch.eye(jac.shape[-1], dtype=jac.dtype) + jac)
+
+
+class Preimage(nn.Module):
+    """Whose forward pass solves."""
+
+    def __init__(self, block: ResidualBlock) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, y: Tensor, context: Tensor) -> Tensor:
+        return self.block.preimage(y, context)
+
+
+@every_solver
+def test_forward_mode(solver):
+    """In torch.func and in torch.autograd.forward_ad: for y, context and the weights, against reverse mode."""
+    net, y, context = setting()
+    block = ResidualBlock(net, Omitted(), solver)
+    parameters = {label: p.detach() for label, p in net.named_parameters()}
+    inputs = (y.detach(), context.detach(), parameters)
+    tangents = (torch.randn_like(y), torch.randn_like(context), {k: torch.randn_like(p) for k, p in parameters.items()})
+
+    module = Preimage(block)
+
+    def solution(y: Tensor, context: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+        return functional_call(module, {f"block.branch.{k}": p for k, p in parameters.items()}, (y, context))
+
+    _, pushed = jvp(solution, inputs, tangents)
+    cotangent = torch.randn_like(pushed)
+    pulled = torch.autograd.grad((cotangent * block.preimage(y, context)).sum(), [y, context, *net.parameters()])
+    every = [tangents[0], tangents[1], *tangents[2].values()]
+    expected = sum((p * t).sum().item() for p, t in zip(pulled, every, strict=True))
+    assert (cotangent * pushed).sum().item() == pytest.approx(expected, rel=1e-8)
+    with forward_ad.dual_level():
+        x = block.preimage(forward_ad.make_dual(inputs[0], tangents[0]), inputs[1])
+        along = forward_ad.unpack_dual(x).tangent
+    matrix = implicit_jacobian(net, block.preimage(y, context).detach(), context.detach())
+    assert_close(along, (matrix @ tangents[0][..., None])[..., 0], 1e-8)
+
+
+@every_solver
+def test_torch_func_of_the_solution(solver):
+    """jacrev, jacfwd, hessian in both ways, and vmap over rows."""
+    net, y, context = setting()
+    block = ResidualBlock(net, Exact(), solver)
+    y, row = y.detach(), context.detach()[:1]
+    x = block.preimage(y, row).detach()
+    expected = implicit_jacobian(net, x, row.expand(5, 2))
+    for transform in (jacrev, jacfwd):
+        found = vmap(transform(lambda v: block.preimage(v[None], row)[0]))(y)
+        assert_close(found, expected, 1e-8)
+
+    def both(v: Tensor) -> Tensor:
+        x, back = block.inverse(v[None], row)
+        return x.square().sum() + back.sum()
+
+    curvature = torch.autograd.functional.hessian(both, y[0])
+    assert curvature.abs().max() > 1e-2
+    for second in (hessian, lambda f: jacrev(jacrev(f)), lambda f: jacrev(jacfwd(f))):
+        assert_close(second(both)(y[0]), curvature, 1e-7)
+    assert_close(vmap(torch.func.grad(both))(y), torch.stack([torch.func.grad(both)(v) for v in y]), 1e-8)
+
+
+def test_forward_over_forward_is_right_or_refused():
+    """torch itself loses the inner tangent in every autograd.Function."""
+    net, y, context = setting()
+    block, v, row = ResidualBlock(net, Omitted()), y.detach()[0], context.detach()[:1]
+
+    def loss(v: Tensor) -> Tensor:
+        return block.preimage(v[None], row).square().sum()
+
+    try:
+        found = jacfwd(jacfwd(loss))(v)
+    except RuntimeError:
+        return
+    assert_close(found, hessian(loss)(v), 1e-7)
+
+
+def test_ensembles_are_their_members():
+    """vmap over weights, contexts and rows: each member is solved by itself."""
+    net, y, context = setting()
+    module = Preimage(ResidualBlock(net, Exact()))
+    y, context = y.detach(), context.detach()
+    stacked = {k: torch.stack([p.detach(), 0.3 * p.detach()]) for k, p in module.named_parameters()}
+    contexts = torch.stack([context, 1 - context])
+    both = vmap(lambda p, c: functional_call(module, p, (y, c)))(stacked, contexts)
+    for i in range(2):
+        alone = functional_call(module, {k: p[i] for k, p in stacked.items()}, (y, contexts[i]))
+        assert_close(both[i], alone, 1e-9)
+
+
+# ------------------------------------------------------------------------------------------------------- robustness
 
 
 @every_solver
@@ -256,7 +417,7 @@ def test_samples_do_not_influence_each_other():
 
 @pytest.mark.parametrize("direction", ["forward", "inverse"])
 def test_outputs_may_be_changed_in_place_before_backward(direction):
-    """HOSTS.md, rule 1: callers add to log-dets and subtract from outputs in place."""
+    """Callers add to log-dets and subtract from outputs in place."""
     net, inputs, context = setting()
     block = ResidualBlock(net, Exact())
     plain, change = getattr(block, direction)(inputs, context)

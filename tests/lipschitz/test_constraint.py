@@ -16,10 +16,11 @@ from iresflow_plugin.lipschitz import (
     AddContext,
     AlmostOrthogonal,
     Bjorck,
+    Chain,
     CLipSwish,
     Frobenius,
     Spectral,
-    certify,
+    certified_map,
     constrain,
     lipschitz_bound,
     schatten_norm,
@@ -221,6 +222,18 @@ def test_gradients_match_finite_differences(constraint, seed, scale):
 
 
 @every_constraint
+@pytest.mark.parametrize("scale", [0.1, 3.0])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 4), (4, 1), (3, 3), (2, 4), (4, 2)], ids=str)
+def test_second_derivatives_match_finite_differences(constraint, shape, scale):
+    """Of the weight in use, in reverse and in forward mode, where the constraint binds and where it does not."""
+    torch.manual_seed(0)
+    weight = (scale * torch.randn(shape, dtype=torch.float64)).requires_grad_()
+    item = constraint(1.0, steps=4) if constraint is Bjorck else constraint(1.0)
+    assert torch.autograd.gradcheck(item, weight, check_forward_ad=True, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(item, weight, check_fwd_over_rev=True, check_batched_grad=True)
+
+
+@every_constraint
 @pytest.mark.parametrize("kind", ["zero", "zero column"])
 def test_zero_weights_have_finite_gradients_and_recover(constraint, kind):
     """Zero-initialised layers are common; a NaN gradient there would destroy the model at the first step."""
@@ -240,14 +253,14 @@ def test_zero_weights_have_finite_gradients_and_recover(constraint, kind):
     assert 0 < svd_norm(layer.weight) <= 0.9
 
 
-# ------------------------------------------------------------------------------- D3: nothing breaks the contraction
+# ----------------------------------------------------------------------------------- nothing breaks the contraction
 
 
 @every_constraint
 @pytest.mark.parametrize(
     "optimiser, activation", [(torch.optim.Adam, gentle_sine), (torch.optim.SGD, nn.ELU)], ids=name
 )
-def test_d3_contraction_survives_adverse_training(constraint, optimiser, activation):
+def test_contraction_survives_adverse_training(constraint, optimiser, activation):
     """200 steps at lr 1e-2 (SGD: 1e-1) that reward large outputs; every step is judged by exact SVD, and by Jacobians.
 
     Without a constraint the layer norms reach 30 and more.
@@ -274,7 +287,7 @@ def test_d3_contraction_survives_adverse_training(constraint, optimiser, activat
 
 @every_constraint
 @pytest.mark.parametrize("context", [None, 3])
-def test_d3_contraction_survives_loading_and_editing(constraint, context):
+def test_contraction_survives_loading_and_editing(constraint, context):
     """Foreign weights, data.mul_(100), edits of .original.data, .weight.data, assignment and copies."""
     bound = 0.9
     net = LipschitzMLP([3, 12, 3], context, activation=CLipSwish, lipschitz=bound, constraint=constraint)
@@ -339,7 +352,7 @@ def test_the_memory_notices_one_changed_entry_and_a_changed_bound():
         lipschitz_bound(net)
         item.lipschitz = 0.2
         x = torch.randn(3, 4)
-        assert torch.equal(certify(net)(x), net(x))  # what blocks evaluate follows as well
+        assert torch.equal(certified_map(net)(x), net(x))  # what blocks evaluate follows as well
         assert 0.1 < svd_norm(layer.weight) <= 0.2
         assert lipschitz_bound(net).value <= 0.2
 
@@ -358,7 +371,7 @@ def test_the_memory_shares_nothing_with_tensors_of_others(kind, scale):
             self.net = net
 
         def forward(self, x: Tensor) -> Tensor:
-            return certify(self.net)(x)
+            return certified_map(self.net)(x)
 
     scale_weights(net, scale)
     theirs = {label: value.detach().clone() for label, value in Evaluated().named_parameters()}
@@ -366,21 +379,54 @@ def test_the_memory_shares_nothing_with_tensors_of_others(kind, scale):
         functional = torch.func.functional_call(Evaluated(), theirs, (x,))
         for value in theirs.values():
             value.mul_(1000)
-        assert torch.equal(certify(net)(x), net(x))
-        assert torch.equal(certify(net)(x), functional)
+        assert torch.equal(certified_map(net)(x), net(x))
+        assert torch.equal(certified_map(net)(x), functional)
 
 
-def test_training_goes_on_after_validation_in_inference_mode():
-    """What was kept during inference_mode must not poison the next training step."""
-    net = LipschitzMLP([2, 8, 2])
-    optimiser = torch.optim.Adam(net.parameters())
-    for _ in range(3):
-        optimiser.zero_grad()
-        net(torch.randn(4, 2)).square().sum().backward()
-        optimiser.step()
-        with torch.inference_mode():
-            net(torch.randn(4, 2))
-            lipschitz_bound(net)
+@every_constraint
+@pytest.mark.parametrize("factor", [0.1, 10.0])
+@pytest.mark.parametrize("kind", [Chain, nn.Sequential], ids=name)
+def test_training_goes_on_after_validation_in_inference_mode(constraint, factor, kind):
+    """It trains as if nobody had looked: what was kept meanwhile serves the next step, also where the bound binds."""
+
+    def train(validate: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        net = constrain(kind(nn.Linear(2, 8), gentle_sine(8), nn.Linear(8, 2)), 0.97, constraint)
+        scale_weights(net, factor)
+        optimiser = torch.optim.Adam(net.parameters())
+        x, seen = torch.randn(4, 2), []
+        for _ in range(3):
+            optimiser.zero_grad()
+            loss = net(x).square().sum()
+            loss.backward()
+            optimiser.step()
+            with torch.inference_mode():
+                if validate:
+                    y, bound = net(x), lipschitz_bound(net).value
+                    assert bound <= 0.97
+            if validate:
+                assert_close(y.clone(), net(x), 1e-6)  # of the weights that this step has left
+            seen.append(loss.detach())
+        return [*seen, *net.parameters()]
+
+    for one, other in zip(train(validate=True), train(validate=False), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad], ids=name)
+@every_constraint
+def test_looking_at_a_weight_in_any_mode_changes_none(constraint, mode):
+    """Nor does an edit of what was shown: it is refused at the next use, and lost where nothing tells of edits."""
+    layer = layer_with(constraint(0.9), 30 * torch.randn(4, 3))
+    before = layer.weight.detach().clone()
+    with mode():
+        shown = layer.weight
+        assert_close(shown.clone(), before, 1e-6)
+        shown.detach().zero_()
+    if mode is not torch.inference_mode:
+        with pytest.raises(RuntimeError, match="changed in place"):
+            layer.weight  # noqa: B018
+    assert torch.equal(layer.weight, before)
 
 
 def test_gradients_do_not_depend_on_the_memory():

@@ -15,11 +15,11 @@ from iresflow_plugin import NotContractiveError, ResidualBlock
 from iresflow_plugin.lipschitz import (
     AlmostOrthogonal,
     Bjorck,
-    Convolution,
+    ConvSpec,
     Frobenius,
     Scale,
     Spectral,
-    certify,
+    certified_map,
     constrain,
     lipschitz_bound,
     lipschitz_estimate,
@@ -46,6 +46,11 @@ KINDS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 CONSTRAINTS = [Spectral, AlmostOrthogonal, Frobenius]
 
 every_constraint = pytest.mark.parametrize("constraint", CONSTRAINTS, ids=name)
+
+
+def plain(kernel: int) -> ConvSpec:
+    """Of a square kernel that moves by one pixel at a time."""
+    return ConvSpec((kernel, kernel), (1, 1), (1, 1), ((0, 0), (0, 0)))
 
 
 @st.composite
@@ -86,7 +91,7 @@ def test_the_bound_covers_the_operator(layer_and_shape):
     """Kernel sizes, strides, paddings, dilations, groups, image sizes, 1 to 3 dimensions."""
     layer, shape = layer_and_shape
     norm = torch.linalg.matrix_norm(operator_matrix(layer, shape), ord=2).item()
-    operator = Convolution.of(layer)
+    operator = ConvSpec.of(layer)
     for weight in (layer.weight.detach(), layer.weight.detach().float()):
         assert norm <= operator_norm(weight, operator).item() * (1 + EPS[weight.dtype])
     assert lipschitz_bound(layer).value == pytest.approx(operator_norm(layer.weight, operator).item(), rel=1e-12)
@@ -127,12 +132,12 @@ def test_the_bound_is_as_tight_as_it_says(channels):
         weight = fill(torch.empty(channels, channels, 3, 3))
         symbol = torch.fft.rfft2(weight.double(), s=(64, 64)).permute(2, 3, 0, 1)
         norm = torch.linalg.matrix_norm(symbol, ord=2).max().item()
-        bound = operator_norm(weight, Convolution((1, 1))).item()
+        bound = operator_norm(weight, plain(3)).item()
         assert norm <= bound <= norm * looseness(channels) * (1.04 if channels > 16 else 1.01) * 1.001
 
 
 def test_one_bound_for_every_size():
-    """D13: certified once, before any image is seen; larger images only come closer to it."""
+    """Certified once, before any image is seen; larger images only come closer to it."""
     torch.manual_seed(0)
     layer = nn.Conv2d(2, 2, 3, padding=1, dtype=torch.float64)
     nn.init.uniform_(layer.weight)
@@ -200,8 +205,8 @@ def test_dropping_losers_changes_no_winner(seed, n, count, equal):
 
 def test_nan_stays_nan():
     weight = torch.full((2, 2, 3, 3), math.nan)
-    assert operator_norm(weight, Convolution((1, 1))).isnan()
-    assert operator_norm(torch.zeros(2, 2, 3, 3), Convolution((1, 1))) == 0
+    assert operator_norm(weight, plain(3)).isnan()
+    assert operator_norm(torch.zeros(2, 2, 3, 3), plain(3)) == 0
 
 
 # ------------------------------------------------------------------------------------------------------- constraints
@@ -215,7 +220,7 @@ def test_the_operator_in_use_obeys(constraint, layer_and_shape, bound):
     for mode in (torch.enable_grad, torch.no_grad):
         with mode():
             assert torch.linalg.matrix_norm(operator_matrix(layer, shape), ord=2) <= bound
-            assert torch.equal(layer.weight, certify(net).maps[0].weight)
+            assert torch.equal(layer.weight, certified_map(net).maps[0].weight)
             assert lipschitz_bound(net).value <= bound
 
 
@@ -257,7 +262,7 @@ def test_gradients_match_finite_differences(constraint, stride, groups, seed, sc
     torch.manual_seed(seed)
     layer = nn.Conv2d(4, 2, 3, stride, 1, groups=groups, dtype=torch.float64)
     item = constraint(1.0)
-    item.convolution = Convolution.of(layer)
+    item.spec = ConvSpec.of(layer)
     weight = (scale * torch.randn_like(layer.weight)).requires_grad_()
     probe, direction = torch.randn_like(weight), torch.randn_like(weight)
 
@@ -267,9 +272,54 @@ def test_gradients_match_finite_differences(constraint, stride, groups, seed, sc
     assert_slope(value, weight, direction, 1e-5)
 
 
+SECOND = {
+    "2d": nn.Conv2d(2, 3, 3, padding=1),
+    "wide": nn.Conv2d(1, 3, 3),
+    "narrow": nn.Conv2d(3, 1, 3),
+    "stride": nn.Conv2d(2, 2, 3, stride=2, padding=1),
+    "groups": nn.Conv2d(4, 2, 3, padding=1, groups=2),
+    "dilated and circular": nn.Conv2d(1, 2, (3, 2), padding=(2, 1), dilation=(2, 1), padding_mode="circular"),
+    "one matrix": nn.Conv2d(3, 2, 1),
+    "1d": nn.Conv1d(2, 2, 4),
+    "3d": nn.Conv3d(1, 2, 2),
+}
+
+
+@pytest.mark.parametrize("label", SECOND)
+def test_second_derivatives_of_the_operator_norm_match_finite_differences(label):
+    """In reverse and in forward mode, and batched."""
+    torch.manual_seed(0)
+    layer = SECOND[label]
+    spec, weight = ConvSpec.of(layer), torch.randn_like(layer.weight, dtype=torch.float64).requires_grad_()
+
+    def norm(w: Tensor) -> Tensor:
+        return operator_norm(w, spec)
+
+    assert torch.autograd.gradcheck(norm, weight, check_forward_ad=True, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(norm, weight, check_fwd_over_rev=True, check_batched_grad=True)
+    hessian = torch.func.hessian(norm)(weight.detach()).view(weight.numel(), -1)
+    assert (hessian @ weight.detach().flatten()).abs().max() < 1e-10  # of a norm: homogeneous of degree one
+    assert torch.linalg.eigvalsh(hessian)[0] > -1e-10  # and convex
+    assert hessian.abs().max() > 1e-3 or weight.numel() == 1
+
+
+@every_constraint
+@pytest.mark.parametrize("factor", [0.02, 3.0])
+@pytest.mark.parametrize("label", SECOND)
+def test_second_derivatives_of_kernels_in_use_match_finite_differences(constraint, label, factor):
+    """Where the constraint binds, and where it leaves the kernel alone."""
+    torch.manual_seed(0)
+    item = constraint(1.0)
+    item.spec = ConvSpec.of(SECOND[label])
+    weight = (factor * torch.randn_like(SECOND[label].weight, dtype=torch.float64)).requires_grad_()
+    assert torch.autograd.gradcheck(item, weight, fast_mode=True, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(item, weight, fast_mode=True, check_fwd_over_rev=True)
+    assert torch.equal(item(weight), weight) == (factor < 1)
+
+
 @every_constraint
 @pytest.mark.parametrize("kernel, mode", [(3, "zeros"), (3, "circular"), (1, "zeros")])
-def test_d3_contraction_survives_adverse_training(constraint, kernel, mode):
+def test_contraction_survives_adverse_training(constraint, kernel, mode):
     """100 Adam steps of 0.05 that reward large outputs; the dense operators afterwards are still within the bound."""
     torch.manual_seed(1)
     layers = [nn.Conv2d(2, 4, kernel, padding=kernel // 2, padding_mode=mode), nn.ELU()]
@@ -325,7 +375,7 @@ def test_maps_agree_with_modules_and_their_products_with_autograd():
     ]
     for layer in cases:
         layer = layer.double()
-        g = certify(layer)
+        g = certified_map(layer)
         x = torch.randn(3, 4, 7, 8, dtype=torch.float64)
         at_x = g.linearise(x)
         assert_close(at_x.value, layer(x), 1e-12)
@@ -374,7 +424,7 @@ def test_what_else_is_refused():
         constrain(nn.Sequential(nn.ConvTranspose2d(1, 1, 3)))
     net = constrain(nn.Sequential(nn.Conv2d(2, 2, 3, padding=1)))
     with pytest.raises(ValueError, match=r"takes 2 channels.*\(4, 3, 8, 8\)"):
-        certify(net)(torch.randn(4, 3, 8, 8))
+        certified_map(net)(torch.randn(4, 3, 8, 8))
 
     class Mine(nn.Conv2d):
         def _conv_forward(self, input, weight, bias):
@@ -410,4 +460,4 @@ def test_plain_convolutions_are_bounded_but_free_to_grow(dtype, seed):
     torch.manual_seed(seed)
     layer = nn.Conv1d(3, 2, 3, padding=1, dtype=dtype)
     bound = lipschitz_bound(layer)
-    assert bound.certified and bound.value > 0 and certify(layer).ceiling == math.inf
+    assert bound.certified and bound.value > 0 and certified_map(layer).ceiling == math.inf

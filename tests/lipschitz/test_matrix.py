@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from iresflow_plugin.lipschitz import (
     AlmostOrthogonal,
     Bjorck,
-    Convolution,
+    ConvSpec,
     Frobenius,
     Spectral,
     frobenius_norm,
@@ -25,7 +25,7 @@ from iresflow_plugin.lipschitz import (
     spectral_norm,
 )
 from iresflow_plugin.lipschitz.matrix import LOOSENESS, rounding_margin, uses_tf32
-from tests.helpers import dtypes, name, seeds, svd_norm, thorough
+from tests.helpers import dtypes, name, orthogonal, seeds, svd_norm, thorough
 
 CERTIFIED = [spectral_norm, schatten_norm, frobenius_norm, row_column_norm]
 
@@ -116,6 +116,29 @@ def test_gradients_match_finite_differences(norm, seed, shape):
     with torch.no_grad():
         slope = (norm(weight + h * direction) - norm(weight - h * direction)) / (2 * h)
     assert (grad * direction).sum().item() == pytest.approx(slope.item(), rel=1e-5, abs=1e-7)
+
+
+@pytest.mark.parametrize("kind", ["normal", "rank one", "orthogonal"])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (5, 3), (4, 4)], ids=str)
+@pytest.mark.parametrize("looseness", [LOOSENESS, 1.3])
+def test_second_derivatives_of_the_schatten_norm_match_finite_differences(kind, shape, looseness):
+    """In reverse and in forward mode, and batched, also where singular values agree, which the largest one dislikes."""
+    torch.manual_seed(0)
+    weight = torch.randn(shape, dtype=torch.float64)
+    if kind == "rank one":
+        weight = torch.outer(weight[:, 0], weight[0])
+    elif kind == "orthogonal":
+        weight = orthogonal(max(shape))[: shape[0], : shape[1]].clone()
+    weight.requires_grad_()
+
+    def norm(w: Tensor) -> Tensor:
+        return schatten_norm(w, looseness)
+
+    assert torch.autograd.gradcheck(norm, weight, check_forward_ad=True, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(norm, weight, check_fwd_over_rev=True, check_batched_grad=True)
+    hessian = torch.func.hessian(norm)(weight.detach()).view(weight.numel(), -1)
+    assert (hessian @ weight.detach().flatten()).abs().max() < 1e-10  # of a norm: homogeneous of degree one
+    assert torch.linalg.eigvalsh(hessian)[0] > -1e-10  # and convex
 
 
 def test_gradient_of_the_schatten_norm_at_zero_is_finite():
@@ -217,11 +240,12 @@ def test_weights_obey_in_tf32(constraint, n, tf32):
 
 @pytest.mark.parametrize("channels", [1, 4, 16])
 def test_convolutions_obey_in_tf32(channels, tf32):
+    spec = ConvSpec((3, 3), (1, 1), (1, 1), ((0, 0), (0, 0)))
     for seed in range(5):
         torch.manual_seed(seed)
         for kernel in (torch.ones(channels, channels, 3, 3) * 1.0004, torch.randn(channels, channels, 3, 3)):
             with tf32:
-                bound = operator_norm(kernel, Convolution((1, 1))).item()
+                bound = operator_norm(kernel, spec).item()
             angles = torch.linspace(0, 2 * math.pi, 33, dtype=torch.float64)
             phases = torch.exp(1j * angles[:, None] * torch.arange(3))
             symbols = torch.einsum("oiab,xa,yb->xyoi", kernel.to(torch.complex128), phases, phases)

@@ -19,6 +19,7 @@ from tests.helpers import (
     frozen64,
     gentle_sine,
     gradients,
+    kept_entries,
     linear_branch,
     log_det,
     name,
@@ -44,8 +45,8 @@ def train_a_little(net: nn.Module, steps: int = 30) -> nn.Module:
 @pytest.mark.parametrize("state", ["aligned", "trained"])
 @pytest.mark.parametrize("size", [1, 2, 6, 21, 64])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-11)], ids=str)
-def test_d1_the_value_is_the_log_det(dtype, tolerance, size, state):
-    """D1, on nets whose log-dets are far from zero, per sample and relative to its own size."""
+def test_the_value_is_the_log_det(dtype, tolerance, size, state):
+    """On nets whose log-dets are far from zero, per sample and relative to its own size."""
     torch.manual_seed(size)
     net = scaled_mlp(size, 64, activation=gentle_sine if state == "aligned" else Sine, dtype=dtype)
     net = align(net) if state == "aligned" else train_a_little(net)
@@ -110,8 +111,8 @@ def our_gradients(net: nn.Module, x: Tensor, context: Tensor | None, weights: Te
 @pytest.mark.parametrize("chunk", [None, 2])
 @pytest.mark.parametrize("activation", SMOOTH_ACTIVATIONS, ids=name)
 @pytest.mark.parametrize("size", [1, 2, 5])
-def test_d2_gradients_with_per_sample_weights(size, activation, chunk):
-    """D2, for x, context and every parameter; row 0 has weight zero, which must not silence the others."""
+def test_gradients_with_per_sample_weights(size, activation, chunk):
+    """For x, context and every parameter; row 0 has weight zero, which must not silence the others."""
     net = scaled_mlp(size, 6, activation=activation, context_features=2)
     x = torch.randn(5, size, dtype=torch.float64).requires_grad_()
     context = torch.randn(5, 2, dtype=torch.float64).requires_grad_()
@@ -137,40 +138,45 @@ def test_chunks_change_neither_values_nor_gradients(chunk, activation):
         assert_close(other, one, 1e-12, 1e-13)
 
 
-def test_more_entries_than_a_chunk_may_hold_are_split_by_default(monkeypatch):
-    """The default chunk follows the size of the batch."""
-    net = scaled_mlp(6, 8)
-    x = torch.randn(10, 6, dtype=torch.float64)
-    whole = Exact()(contraction(net), x).log_det
-    widths = []
-    monkeypatch.setattr(module, "CHUNK_ENTRIES", 150)
-    g = contraction(net)
-    at_x = g.linearise(x)
-    spied = type(at_x)(at_x.value, lambda t: widths.append(len(t)) or at_x.jvp(t), at_x.vjp)
-    with torch.no_grad():
-        jac = module.transposed_jacobian(spied, x)
-    assert widths == [2, 2, 2]
-    assert_close(module.log_det_identity_plus(jac), whole, 1e-13)
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
+@pytest.mark.parametrize("entries", [1, 7, 40, 150, 10**6])
+def test_no_more_entries_than_a_chunk_may_hold_are_taken_at_a_time(monkeypatch, entries, mode):
+    """By default, whatever the batch: columns are split for a backward pass, rows where there is none."""
+    net = scaled_mlp(6, 8, context_features=2)
+    x, context = torch.randn(10, 6, dtype=torch.float64), torch.randn(10, 2, dtype=torch.float64)
+    whole = Exact()(contraction(net, context), x)
+    taken, columns = [], module.jacobian_columns
+
+    def spied(at_x, point: Tensor, which: range) -> Tensor:
+        taken.append((len(point), len(which)))
+        return columns(at_x, point, which)
+
+    monkeypatch.setattr(module, "CHUNK_ENTRIES", entries)
+    monkeypatch.setattr(module, "jacobian_columns", spied)
+    with mode():
+        estimate = Exact()(contraction(net, context), x)
+    assert sum(rows * count for rows, count in taken) == 10 * 6  # everything once
+    least = 10 if mode is torch.enable_grad else 1  # rows that are taken together
+    assert all(rows * count * 6 <= max(entries, 6 * least) for rows, count in taken)
+    assert mode is torch.no_grad or {rows for rows, _ in taken} == {10}
+    assert_close(estimate.log_det, whole.log_det, 1e-13)
+    assert_close(estimate.value, whole.value, 1e-13)
 
 
-def test_chunks_bound_the_memory_of_the_backward_pass():
-    """Tensors kept for backward: with chunks only the Jacobian, without them every activation of every column."""
+@pytest.mark.parametrize("chunk", [1, 4, 12])
+def test_chunks_bound_the_memory_of_the_backward_pass(chunk):
+    """With them the Jacobian and its factors are kept, without them the activations of every column as well."""
     net = scaled_mlp(24, 128)
     x = torch.randn(8, 24, dtype=torch.float64).requires_grad_()
+    g = contraction(net)
 
     def kept(chunk: int | None) -> int:
-        entries = 0
+        return kept_entries(lambda: Exact(chunk)(g, x), x, *g.tensors())
 
-        def pack(t: Tensor) -> Tensor:
-            nonlocal entries
-            entries += t.numel()
-            return t
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            Exact(chunk)(contraction(net), x)
-        return entries
-
-    assert kept(4) < 0.5 * kept(None)
+    once = kept_entries(lambda: g.linearise(x).value, x, *g.tensors())  # the value has a backward pass, too
+    assert kept(None) > 24 * 8 * 2 * 128  # of two hidden layers
+    assert kept(chunk) < 0.2 * kept(None)
+    assert kept(chunk) <= once + 2 * 8 * 24 * 24
 
 
 def test_no_gradient_is_invented_for_piecewise_linear_nets():
@@ -229,7 +235,7 @@ def test_bad_chunks_are_refused(chunk):
 
 
 def test_estimators_are_plain_values():
-    """Printable, comparable, hashable, frozen; misspelt keywords are errors (D8)."""
+    """Printable, comparable, hashable, frozen; misspelt keywords are errors."""
     assert Exact() == Exact() != Exact(chunk=2) and hash(Exact()) == hash(Exact())
     assert repr(Exact(chunk=2)) == "Exact(chunk=2)"
     with pytest.raises(AttributeError):

@@ -53,7 +53,7 @@ def test_orthogonal_signs_differ_between_samples():
 
 
 def test_no_more_orthogonal_probes_than_dimensions():
-    with pytest.raises(ValueError, match=r"count=4.*|3 probes"):
+    with pytest.raises(ValueError, match=r"3 probes.*3 dimensions.*count=4"):
         Orthogonal(4).draw(torch.zeros(2, 3))
 
 
@@ -65,7 +65,7 @@ def test_at_least_one_probe(kind, count):
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=name)
-def test_d10_randomness_comes_from_torch_alone(kind):
+def test_randomness_comes_from_torch_alone(kind):
     x = torch.zeros(3, 4)
     torch.manual_seed(5)
     one = kind(2).draw(x)

@@ -22,7 +22,7 @@ from iresflow_plugin.lipschitz import (
     Frobenius,
     LipSwish,
     Spectral,
-    certify,
+    certified_map,
     lipschitz_bound,
 )
 from iresflow_plugin.log_det import Exact, PowerSeries, RussianRoulette
@@ -67,7 +67,7 @@ def test_the_bound_is_the_one_asked_for(seed, channels, activation, lipschitz, c
     net = LipschitzConvNet(
         channels, activation=activation, lipschitz=lipschitz, constraint=constraint, padding_mode=mode, **options
     )
-    assert lipschitz * (1 - 1e-9) <= certify(net).ceiling <= lipschitz
+    assert lipschitz * (1 - 1e-9) <= certified_map(net).ceiling <= lipschitz
     scale_weights(net, 1e3)
     x = torch.randn(3, channels[0], 3, 4)
     c = None if not options else 10 * torch.randn(3, *([3] if context == "vector" else [2, 3, 4]))
@@ -122,7 +122,7 @@ def test_a_context_vector_shifts_channels_and_a_context_image_pixels():
 
 @pytest.mark.parametrize("activation", [None, *SMOOTH_ACTIVATIONS], ids=name)
 @pytest.mark.parametrize("options", [{}, {"context_features": 2}, {"context_channels": 2}], ids=str)
-def test_d7_every_parameter_learns(activation, options):
+def test_every_parameter_learns(activation, options):
     for factor in (1.0, 20.0):
         net = scale_weights(LipschitzConvNet([1, 4, 4, 1], activation=activation, **options), factor)
         x = torch.randn(8, 1, 3, 3)
@@ -262,7 +262,7 @@ def test_density_integrates_to_one_on_two_pixels():
 
 
 def test_a_checkpoint_fits_a_fresh_model_whatever_size_it_saw():
-    """D13, D14: nothing in the state remembers the size of an image."""
+    """Nothing in the state remembers the size of an image."""
     one, other = LipschitzConvNet([2, 4, 2]), LipschitzConvNet([2, 4, 2])
     scale_weights(one, 20.0)
     one(torch.randn(2, 2, 4, 4))

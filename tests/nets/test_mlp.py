@@ -18,7 +18,7 @@ from iresflow_plugin.lipschitz import (
     SinCos,
     Sine,
     Spectral,
-    certify,
+    certified_map,
     lipschitz_bound,
 )
 from iresflow_plugin.log_det import Exact
@@ -50,7 +50,7 @@ def test_the_bound_is_the_one_asked_for(seed, layers, activation, lipschitz, con
     if len(layers) == 2:
         context = None
     net = LipschitzMLP(layers, context, activation, lipschitz, constraint)
-    assert lipschitz * (1 - 1e-9) <= certify(net).ceiling <= lipschitz
+    assert lipschitz * (1 - 1e-9) <= certified_map(net).ceiling <= lipschitz
     scale_weights(net, 1e3)
     x, c = torch.randn(8, layers[0]), None if context is None else 10 * torch.randn(8, context)
     assert torch.linalg.matrix_norm(jacobian(net, x, c), ord=2).max() <= lipschitz * (1 + 1e-6)
@@ -155,14 +155,14 @@ def test_an_unconditional_net_ignores_a_context():
     assert torch.equal(net(x, torch.randn(2, 7)), net(x))
 
 
-# ---------------------------------------------------------------------------------------------------- D7, and arguments
+# ------------------------------------------------------------------------------------------- learning, and arguments
 
 
 @pytest.mark.parametrize("activation", [None, *SMOOTH_ACTIVATIONS], ids=name)
 @pytest.mark.parametrize("constraint", [Spectral, AlmostOrthogonal, Bjorck, Frobenius], ids=name)
 @pytest.mark.parametrize("context", [None, 2])
-def test_d7_every_parameter_learns(activation, constraint, context):
-    """D7: a likelihood gives every parameter a gradient that is finite and not zero, at the bound and far below it."""
+def test_every_parameter_learns(activation, constraint, context):
+    """A likelihood gives every parameter a gradient that is finite and not zero, at the bound and far below it."""
     for factor in (1.0, 20.0):
         net = scale_weights(LipschitzMLP([3, 6, 3], context, activation, constraint=constraint), factor)
         x = torch.randn(32, 3)
@@ -200,7 +200,7 @@ def test_activations_without_a_constant_are_refused(activation):
         LipschitzMLP([2, 4, 2], activation=activation)
 
 
-def test_d8_misspelt_keywords_are_refused():
+def test_misspelt_keywords_are_refused():
     for wrong in ({"coef": 0.5}, {"lipshitz": 0.5}, {"context": 3}):
         with pytest.raises(TypeError, match=next(iter(wrong))):
             LipschitzMLP([2, 4, 2], **wrong)

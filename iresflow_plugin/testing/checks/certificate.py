@@ -42,9 +42,10 @@ def _edit(case: Case, live: Live) -> None:
 
 @torch.no_grad()
 def _load_foreign(case: Case, live: Live) -> None:
+    """Large ones, but none whose exponential leaves no digits: logarithms of scales are among them."""
     for module in live.modules:
         module.load_state_dict(
-            {k: 10 * torch.randn_like(v) if v.is_floating_point() else v for k, v in module.state_dict().items()}
+            {k: 3 * torch.randn_like(v) if v.is_floating_point() else v for k, v in module.state_dict().items()}
         )
 
 
